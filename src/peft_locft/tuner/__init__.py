@@ -6,13 +6,27 @@ from .registration import check_peft_version, register_locft
 check_peft_version()  # first, because the other files import names that an older PEFT does not have
 
 from .config import COMPANION_FILES, LocFTConfig  # noqa: E402
-from .layer import LocFTLayer, LocFTLinear  # noqa: E402
+from .fingerprint import BaseMismatchWarning, check_tokenizer, tokenizer_fingerprint  # noqa: E402
+from .layer import LocFTLayer  # noqa: E402
+from .linear import LocFTLinear  # noqa: E402
 from .model import LocFTModel  # noqa: E402
 from .publishing import keep_card_on_push  # noqa: E402
-from .targets import default_module, num_layers  # noqa: E402
+from .targets import default_module  # noqa: E402
+from .weights import num_layers  # noqa: E402
 
 
-__all__ = ["COMPANION_FILES", "LocFTConfig", "LocFTLayer", "LocFTLinear", "LocFTModel", "default_module", "num_layers"]
+__all__ = [
+    "COMPANION_FILES",
+    "BaseMismatchWarning",
+    "LocFTConfig",
+    "LocFTLayer",
+    "LocFTLinear",
+    "LocFTModel",
+    "check_tokenizer",
+    "default_module",
+    "num_layers",
+    "tokenizer_fingerprint",
+]
 
 register_locft(LocFTConfig, LocFTModel)
 keep_card_on_push()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from peft.utils.peft_types import PeftType
 
 # What stands beside the weights in an adapter's repository, and has to travel with them.
 COMPANION_FILES = ("edits.jsonl", "edit_results.json", "README.md")
+_MOST_LAYERS = 10_000  # more than any model has: a longer list is a faulty or hostile config
+_NAME = re.compile(r"[\w.-]{1,500}")
 
 
 @dataclass
@@ -29,10 +32,18 @@ class LocFTConfig(PeftConfig):
             The decoder layers to edit, counted from 0; negative ones count from the last. Another name for PEFT's
             `layers_to_transform`. If left out, every layer is edited.
         target_modules (`list[str]` or `str`, *optional*):
-            The modules to edit in these layers, by name or by the end of their name, for example `["mlp.down_proj"]`.
-            A string is a regular expression that matches the whole name, or `"all-linear"`, and goes without `layers`.
-            Defaults to the down
-            projection of the model's MLP, the place that disturbs a model least (section 4.2 of the paper).
+            The modules to edit in these layers. Each entry of a list is
+
+            - a name, whole or its end: `"mlp.down_proj"`, `"embed_tokens"`;
+            - a part of the model, of which all linear layers are meant: `"self_attn"`, `"mlp.shared_expert"`;
+            - a group, whatever the architecture calls it: `"mlp"`, `"attention"` or `"layer"` (section 4.2 of the
+              paper);
+            - fused experts of a mixture: `"mlp.experts.down_proj"` for all, `"mlp.experts.3.down_proj"` for one.
+
+            In a model of several towers the text model is meant, unless an entry begins with the name of another one:
+            `"vision_tower.mlp.fc1"`. A string is a regular expression that matches the whole name, or `"all-linear"`,
+            and goes without `layers`. Defaults to the down projection of the MLP, the place that disturbs a model
+            least (section 4.2 of the paper).
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out, in the same notation.
         init_weights (`bool`, *optional*, defaults to `True`):
@@ -44,6 +55,20 @@ class LocFTConfig(PeftConfig):
             PEFT's own name for `layers`.
         layers_pattern (`list[str]` or `str`, *optional*):
             The name of the list of layers, needed only where PEFT does not find it.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether loading the adapter on another base model than it was trained on is an error. Otherwise it is a
+            warning.
+        base_fingerprint (`dict[str, dict]`, *optional*):
+            What the edited weights of the base model looked like, by name. Filled in when the adapter is made.
+        tokenizer_fingerprint (`str`, *optional*):
+            The same for the tokenizer. Filled in by [`EditTrainer`].
+        rank_pattern (`dict[str, int]`, *optional*):
+            The modules whose delta is held as a product of two matrices of this rank. Filled in by
+            [`save_compressed`].
+
+    Raises:
+        `ValueError`: If a field has a value that it cannot have. A config from the Hub is untrusted, so the same
+            holds for one that is loaded.
 
     Examples:
 
@@ -70,14 +95,30 @@ class LocFTConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "The name of the list of layers, where PEFT does not find it."}
     )
+    strict: bool = field(default=False, metadata={"help": "Whether another base model is an error, not a warning."})
+    base_fingerprint: dict[str, dict] | None = field(
+        default=None, metadata={"help": "What the edited weights of the base model looked like. Filled in."}
+    )
+    tokenizer_fingerprint: str | None = field(
+        default=None, metadata={"help": "What the tokenizer looked like. Filled in."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "The ranks of modules whose delta is compressed. Filled in."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.LOCFT
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            modules = getattr(self, name)
+            if isinstance(modules, (list, tuple, set)):
+                _check_names(modules, name)
+                setattr(self, name, set(modules))
+            elif modules is not None and not isinstance(modules, str):
+                raise ValueError(f"`{name}` is {modules!r}, expected a list of names or a regular expression")
+        if self.modules_to_save is not None:
+            _check_names(self.modules_to_save, "modules_to_save")
+        _check_ranks(self.rank_pattern)
         layers = _as_layers(self.layers, "layers")
         to_transform = _as_layers(self.layers_to_transform, "layers_to_transform")
         if layers is not None and to_transform is not None and layers != to_transform:
@@ -93,6 +134,9 @@ class LocFTConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers is None:
             raise ValueError("When `layers_pattern` is specified, `layers` must also be specified.")
+        # What the config means in the model that it was last put into: see `resolve_targets`.
+        self._targets: dict[str, dict[str, tuple[int, ...] | None]] = {}
+        self._excluded: set[str] = set()
         self._companions: dict[str, str] | None = None
         self._origin: tuple[str, str | None, dict] | None = None
 
@@ -108,6 +152,35 @@ class LocFTConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         # One name on disk: `layers_to_transform` is the one that PEFT's own conversions read.
         return {name: value for name, value in super().to_dict().items() if name != "layers"}
+
+    @property
+    def targets(self) -> dict[str, dict[str, tuple[int, ...] | None]]:
+        """By module and parameter of the model that the config was last put into, the experts that it edits, or `None`
+        for a weight without experts (`dict[str, dict[str, tuple[int, ...] | None]]`)."""
+        return self._targets
+
+    def set_targets(self, targets: dict[str, dict[str, tuple[int, ...] | None]], excluded: set[str]) -> None:
+        """Set what the config means in a model.
+
+        Args:
+            targets (`dict[str, dict[str, tuple[int, ...] | None]]`):
+                By module and parameter, the experts to edit.
+            excluded (`set[str]`):
+                The modules that are left out.
+        """
+        self._targets, self._excluded = targets, excluded
+
+    def excludes(self, module: str) -> bool:
+        """Whether `exclude_modules` or `modules_to_save` takes something of a module out.
+
+        Args:
+            module (`str`):
+                The module's full name.
+
+        Returns:
+            `bool`: Whether it does.
+        """
+        return module in self._excluded
 
     def set_companions(self, files: dict[str, str]) -> None:
         """Set the files that are saved and published beside the weights: card, ledger and results.
@@ -164,6 +237,21 @@ class LocFTConfig(PeftConfig):
         return files
 
 
+def _check_names(names: Any, field_name: str) -> None:
+    # Whole names, and what PEFT would take for a regular expression: in `modules_to_save` it does not say so.
+    faulty = [name for name in names if not isinstance(name, str) or not _NAME.fullmatch(name)]
+    if isinstance(names, str) or faulty:
+        raise ValueError(
+            f"`{field_name}` is {str(names)[:200]}, expected a list of the names of modules, such as "
+            "['mlp.down_proj']: a name is made of letters, digits, `_`, `-` and dots"
+        )
+
+
+def _check_ranks(ranks: Any) -> None:
+    if not isinstance(ranks, dict) or any(type(rank) is not int or rank < 1 for rank in ranks.values()):
+        raise ValueError(f"`rank_pattern` is {str(ranks)[:200]}, expected a positive rank by the name of each module")
+
+
 def _as_layers(value: Any, name: str) -> list[int] | None:
     if value is None:
         return None
@@ -171,5 +259,9 @@ def _as_layers(value: Any, name: str) -> list[int] | None:
         [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple, set, range)) else value
     )
     if not isinstance(layers, list) or not layers or any(type(layer) is not int for layer in layers):
-        raise ValueError(f"`{name}` is {value!r}, expected an integer or a list of integers, such as [22] or [-3]")
+        raise ValueError(
+            f"`{name}` is {repr(value)[:200]}, expected an integer or a list of integers, such as [22] or [-3]"
+        )
+    if len(layers) > _MOST_LAYERS:
+        raise ValueError(f"`{name}` has {len(layers)} entries, expected at most {_MOST_LAYERS}")
     return layers

@@ -1,37 +1,46 @@
-"""The dense delta on one module."""
+"""What the layers of all kinds have in common: deltas by adapter, merging in float32, and taking it back bit for bit."""
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .config import LocFTConfig
+from .quantization import backend_of
 
 
-class LocFTLayer(BaseTunerLayer):
-    """What every LocFT layer has: one dense delta for each adapter, shaped (out_features, in_features).
+class LocFTLayer(nn.Module, BaseTunerLayer):
+    """A module with dense deltas on its weights, one for each adapter.
 
-    The deltas are `nn.Linear` modules and not bare parameters: `cast_adapter_dtype` would make every bare parameter
-    trainable, and FSDP's automatic wrapping needs modules.
+    A delta is a module and no bare parameter: `cast_adapter_dtype` would make every bare parameter trainable, and
+    FSDP's automatic wrapping needs modules. It stays in float32 whatever the base weight's dtype is, unless its user
+    casts it.
+
+    Args:
+        base_layer (`torch.nn.Module`):
+            The module.
+        get_apply_tensor_subclass (`Callable`, *optional*):
+            How torchao is to quantise a merged weight again.
     """
 
     adapter_layer_names = ("locft_delta",)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, get_apply_tensor_subclass: Callable | None = None) -> None:
+        super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = backend_of(self.get_base_layer(), get_apply_tensor_subclass)
         self.locft_delta = nn.ModuleDict({})
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self._unmerged_weight: torch.Tensor | None = None
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self._kept: tuple | None = None  # the base layer's weights as they were before the first merge
 
     def update_layer(
         self, adapter_name: str, config: LocFTConfig, inference_mode: bool = False, **kwargs: Any
@@ -45,64 +54,89 @@ class LocFTLayer(BaseTunerLayer):
                 Its configuration.
             inference_mode (`bool`, *optional*, defaults to `False`):
                 Whether to leave the delta frozen.
+            kwargs (`dict`):
+                `rank` for a compressed delta, or `experts`, those to edit by parameter.
         """
-        delta = nn.Linear(self.in_features, self.out_features, bias=False)
-        if config.init_weights:
-            nn.init.zeros_(delta.weight)
-        self.locft_delta[adapter_name] = delta
+        self._add_delta(adapter_name, config.init_weights, **kwargs)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """Return the delta in the orientation of the base layer's own weight.
+    def edited(self, adapter_name: str) -> tuple[str, ...]:
+        """Return the base layer's parameters that an adapter edits.
+
+        Args:
+            adapter_name (`str`):
+                The name of the adapter.
+
+        Returns:
+            `tuple[str, ...]`: Their names; none where the layer does not have the adapter.
+        """
+        return ("weight",) if adapter_name in self.locft_delta else ()
+
+    def get_delta_weight(self, adapter: str, parameter: str = "weight") -> torch.Tensor:
+        """Return the delta in the shape and orientation of the base layer's own weight.
 
         Args:
             adapter (`str`):
                 The name of the adapter.
+            parameter (`str`, *optional*, defaults to `"weight"`):
+                The base layer's parameter.
 
         Returns:
-            `torch.Tensor`: Of shape (out_features, in_features), or (in_features, out_features) for a `Conv1D`.
+            `torch.Tensor`: Zero where the layer does not have the adapter.
         """
-        weight = self.locft_delta[adapter].weight
-        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+        raise NotImplementedError
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+    def set_delta_weight(self, adapter: str, delta: torch.Tensor, parameter: str = "weight") -> None:
+        """Set the delta of an adapter that is not compressed.
 
+        Args:
+            adapter (`str`):
+                The name of the adapter.
+            delta (`torch.Tensor`):
+                In the shape and orientation of the base layer's own weight.
+            parameter (`str`, *optional*, defaults to `"weight"`):
+                The base layer's parameter.
+        """
+        self.locft_delta[adapter].weight.data.copy_(delta)
 
-class LocFTLinear(nn.Module, LocFTLayer):
-    """LocFT on a `torch.nn.Linear` or a transformers `Conv1D`: `y = base(x) + ΔW x`.
+    def base_weight_of(self, adapter_name: str, parameter: str) -> torch.Tensor | None:
+        """Return what an adapter edits of a base weight, as floating-point numbers.
 
-    Args:
-        base_layer (`torch.nn.Module`):
-            The layer to edit.
-        adapter_name (`str`):
-            The name of the first adapter.
-        config ([`LocFTConfig`]):
-            Its configuration.
-    """
+        Args:
+            adapter_name (`str`):
+                The name of the adapter.
+            parameter (`str`):
+                The base layer's parameter.
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LocFTConfig, **kwargs: Any) -> None:
-        super().__init__()
-        LocFTLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+        Returns:
+            `torch.Tensor` or `None`: `None` where the weight is not at hand: not loaded, partitioned, or in a quantised
+            form that cannot be read.
+        """
+        if self.quantization_backend is not None:
+            return self.get_base_weight() if self.quantization_backend.supports_merge else None
+        weight = getattr(self.get_base_layer(), parameter).detach()
+        return None if weight.is_meta or weight.numel() == 0 else weight
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)  # (..., out_features)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter in self.active_adapters:
-            if adapter in self.locft_delta:
-                delta = self.locft_delta[adapter]
-                # The delta keeps its own, finer dtype; only its contribution is rounded to the model's.
-                result = result + delta(self._cast_input_dtype(x, delta.weight.dtype)).to(result.dtype)
-        return result
+    def stored_as(self, parameter: str) -> str:
+        """Return how a base weight is stored.
+
+        Args:
+            parameter (`str`):
+                The base layer's parameter.
+
+        Returns:
+            `str`: Its dtype, such as `"bfloat16"`, or the name of its quantisation.
+        """
+        if self.quantization_backend is not None:
+            return self.quantization_backend.backend_name
+        return str(getattr(self.get_base_layer(), parameter).dtype).removeprefix("torch.")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add deltas to the base weight: in float32, from the weight as it was before any merge, rounded once.
+        """Add deltas to the base weights: in float32, from the weights as they were before any merge, rounded once.
+
+        The base layer gets new parameters, so that a weight that shares its old one, as a tied embedding does, stays
+        as it was.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`):
@@ -112,43 +146,125 @@ class LocFTLinear(nn.Module, LocFTLayer):
 
         Raises:
             `ValueError`: If `safe_merge` finds values that are not finite.
-            `TypeError`: If the base layer is quantised.
+            `TypeError`: If the base layer is quantised in a form that cannot be merged into.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.locft_delta]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if self.edited(name)]
         if not names:
             return
-        base_layer = self.get_base_layer()
-        if _is_quantized(base_layer):
-            raise TypeError(
-                f"the base layer is a quantised {type(base_layer).__name__}, expected floating-point weights: load the "
-                "base model without quantisation to merge, or leave the adapter unmerged"
-            )
-        original = base_layer.weight.data if self._unmerged_weight is None else self._unmerged_weight
-        merged = original.to(torch.promote_types(original.dtype, torch.float32))
-        for name in self.merged_adapters + names:
-            merged = merged + self.get_delta_weight(name).detach().to(merged.device, merged.dtype)
-            # Checked as it will be stored: what is finite in float32 may not be in float16.
-            if safe_merge and not torch.isfinite(merged.to(base_layer.weight.dtype)).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        self._unmerged_weight = original
-        # Where and as what the weight is now: the model may have been moved or cast while it was merged.
-        base_layer.weight.data = merged.to(base_layer.weight)
+        merged = self.merged_weights(self.merged_adapters + names, safe_merge)
+        if self._kept is None:
+            self._kept = self._keep()
+        for parameter, weight in merged.items():
+            self._set_weight(parameter, weight)
         self.merged_adapters.extend(names)
 
+    def merged_weights(self, adapter_names: list[str], safe_merge: bool = False) -> dict[str, torch.Tensor]:
+        """Return the base weights with deltas added, and change nothing.
+
+        Args:
+            adapter_names (`list[str]`):
+                The adapters to add, to the weights as they were before any merge.
+            safe_merge (`bool`, *optional*, defaults to `False`):
+                Whether to check the result for values that are not finite.
+
+        Returns:
+            `dict[str, torch.Tensor]`: In the base weight's dtype, or in float32 for a quantised one, by parameter.
+
+        Raises:
+            `ValueError`: If `safe_merge` finds values that are not finite.
+            `TypeError`: If the base layer is quantised in a form that cannot be merged into.
+        """
+        merged = {}
+        for parameter in dict.fromkeys(p for name in adapter_names for p in self.edited(name)):
+            original = self._unmerged_weight(parameter)
+            weight = original.to(torch.promote_types(original.dtype, torch.float32))
+            # In the dtype in which it will be stored: what is finite in float32 may not be in float16.
+            dtype = weight.dtype if self.quantization_backend is not None else original.dtype
+            for name in adapter_names:
+                if parameter in self.edited(name):
+                    delta = self.get_delta_weight(name, parameter).detach()
+                    weight = weight + delta.to(weight.device, weight.dtype)
+                    if safe_merge and not torch.isfinite(weight.to(dtype)).all():
+                        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            merged[parameter] = weight.to(dtype)
+        return merged
+
     def unmerge(self) -> None:
-        """Put the base weight back as it was before the first merge, bit for bit."""
+        """Put the base weights back as they were before the first merge, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
-        weight.data = self._unmerged_weight.to(weight)
-        self._unmerged_weight = None
+        base_layer, parameters, state = self._kept
+        if self.quantization_backend is None:
+            for name, parameter in parameters.items():
+                # Where and as what the weight is now: the model may have been moved or cast while it was merged.
+                now = getattr(base_layer, name)
+                if parameter.device != now.device or parameter.dtype != now.dtype:
+                    parameter.data = parameter.data.to(now)
+                setattr(base_layer, name, parameter)
+        else:
+            self.base_layer = base_layer  # HQQ replaces the whole layer
+            base_layer._parameters.update(parameters)
+            if state is not None:
+                base_layer.state = state
+        self._kept = None
         self.merged_adapters.clear()
+
+    def _add_delta(self, adapter_name: str, zero: bool, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def _keep(self) -> tuple:
+        base_layer = self.get_base_layer()
+        # (layer, parameters, what bitsandbytes keeps beside an 8-bit weight)
+        parameters = {name: value for name, value in base_layer._parameters.items() if value is not None}
+        return base_layer, parameters, copy.copy(getattr(base_layer, "state", None))
+
+    def _unmerged_weight(self, parameter: str) -> torch.Tensor:
+        if self.quantization_backend is not None:
+            if not self.quantization_backend.supports_merge:
+                raise TypeError(
+                    f"the base layer is a quantised {type(self.get_base_layer()).__name__}, expected floating-point "
+                    "weights: load the base model without quantisation to merge, or leave the adapter unmerged"
+                )
+            if self.merged:
+                raise TypeError(
+                    f"adapters {self.merged_adapters} are merged into quantised weights: unmerge them, and merge all "
+                    "adapters at once"
+                )
+            return self.get_base_weight().detach().clone()
+        base_layer, parameters, _ = self._kept or self._keep()
+        return parameters[parameter].detach()
+
+    def _set_weight(self, parameter: str, weight: torch.Tensor) -> None:
+        base_layer = self.get_base_layer()
+        if self.quantization_backend is not None:
+            self.quantization_backend.set_base_weight(self, weight.to(self.get_base_weight().dtype))
+            return
+        old = getattr(base_layer, parameter)
+        setattr(base_layer, parameter, nn.Parameter(weight.to(old), requires_grad=old.requires_grad))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would cast the delta to the base weight's dtype too: here it only ever gets finer.
+        base_layer = self.get_base_layer()
+        tensor = next(iter([*base_layer.parameters(), *base_layer.buffers()]), None)
+        if tensor is None:
+            return
+        device = device or tensor.device
+        hook = getattr(base_layer, "_hf_hook", None)
+        if device.type == "meta" and getattr(hook, "offload", False):
+            device = torch.device(hook.execution_device)  # the weight is on the disk until it is needed
+        dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else torch.float32
+        for name in self.adapter_layer_names:
+            deltas = getattr(self, name)
+            if adapter_name in deltas and not any(p.is_meta for p in deltas[adapter_name].parameters()):
+                deltas[adapter_name].to(device, dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def extra_repr(self) -> str:
+        backend = self.quantization_backend
+        return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
 
     def __repr__(self) -> str:
         return "locft." + super().__repr__()
-
-
-def _is_quantized(layer: nn.Module) -> bool:
-    # torchao's backend wants to know how to quantise again; that is not needed to recognise it.
-    return resolve_quantization_backend(layer, get_apply_tensor_subclass=lambda: None) is not None

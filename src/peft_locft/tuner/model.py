@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from .arithmetic import check_weighted_adapter, combine, combined_config
 from .config import LocFTConfig
-from .layer import LocFTLayer, LocFTLinear
-from .targets import resolve_targets
+from .embedding import LocFTEmbedding
+from .experts import LocFTExperts
+from .fingerprint import check_base
+from .layer import LocFTLayer
+from .linear import BASE, LocFTLinear
+from .targets import EDITABLE, excluded_modules, resolve_targets
+from .weights import fused_experts, is_linear
+
+
+# What FSDP, torch.compile and activation checkpointing put into the names of the modules they wrap.
+_WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 class LocFTModel(BaseTuner):
@@ -37,8 +58,29 @@ class LocFTModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        resolve_targets(peft_config, self.model)
+        targets = resolve_targets(peft_config, self.model)
+        peft_config.set_targets(targets, excluded_modules(peft_config, self.model))
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        named = config.target_modules
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if named is not None and not isinstance(named, str):
+            # PEFT shortens long lists to what is unique among modules, which experts and groups are not.
+            config.target_modules = named
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, LocFTLayer) and module.edited(adapter_name)
+        }
+        check_base(config, model, layers, adapter_name)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: LocFTConfig, key: str) -> bool | _ExcludedModule:
+        if key in peft_config.targets:
+            return True
+        return _ExcludedModule() if peft_config.excludes(key) else False
 
     def _create_and_replace(
         self,
@@ -50,17 +92,160 @@ class LocFTModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        if isinstance(target, LocFTLinear):
-            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
-            return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        kwargs: dict[str, Any] = {}
+        if isinstance(base_layer, nn.Embedding):
+            layer_cls = LocFTEmbedding
+        elif is_linear(base_layer):
+            layer_cls = LocFTLinear
+            kwargs["rank"] = peft_config.rank_pattern.get(current_key)
+        elif fused_experts(base_layer) and current_key in peft_config.targets:
+            layer_cls = LocFTExperts
+            kwargs["experts"] = peft_config.targets[current_key]
+        else:
             raise TypeError(
-                f"the target module {current_key!r} is a {type(base_layer).__name__}, expected a `torch.nn.Linear` or a "
-                "`transformers.pytorch_utils.Conv1D`: name other `target_modules`"
+                f"the target module {current_key!r} is a {type(base_layer).__name__}, expected {EDITABLE}: name other "
+                "`target_modules`"
             )
-        new_module = LocFTLinear(target, adapter_name, peft_config)
+        if isinstance(target, LocFTLayer):
+            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode, **kwargs)
+            return
+        if layer_cls is LocFTExperts and target is not base_layer:
+            raise TypeError(
+                f"the fused experts {current_key!r} already have an adapter of the kind {type(target).__name__}: unload "
+                "or merge it first"
+            )
+        if layer_cls is LocFTLinear:
+            kwargs.update(get_quantization_kwargs(self.model))
+        new_module = layer_cls(target, adapter_name, peft_config, **kwargs)
         if adapter_name not in self.active_adapters:
             # A further adapter is trained only once it is made active.
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, LocFTLayer):
+            setattr(parent, child_name, new_module)  # its deltas are where the base weights are already
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LocFTConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        prefixes = {_WRAPPERS.sub("", prefix) for prefix in _get_tuner_state_dict_key_prefixes(model)}
+        unwrapped = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
+        return _filter_state_dict_by_key_prefixes(unwrapped, prefixes)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights, in float32 and rounded once.
+
+        Args:
+            adapter_names (`list[str]`, *optional*):
+                The adapters to merge. Defaults to the active ones.
+            safe_merge (`bool`, *optional*, defaults to `False`):
+                Whether to check all layers for values that are not finite before any of them is changed.
+
+        Raises:
+            `ValueError`: If `safe_merge` finds values that are not finite.
+            `TypeError`: If a base layer is quantised in a form that cannot be merged into.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        if not safe_merge:
+            return
+        for layer in self.model.modules():
+            # What is offloaded is checked by the layer itself, once it is at hand.
+            if isinstance(layer, LocFTLayer) and not any(p.is_meta for p in layer.parameters()):
+                names = adapter_names or layer.active_adapters
+                layer.merged_weights([*layer.merged_adapters, *names], safe_merge=True)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter whose deltas are those of others, combined. A negative weight subtracts an adapter.
+
+        Dense deltas combine exactly: nothing is squeezed into a rank, as for LoRA. Adapters may edit different places;
+        the new one edits all of them.
+
+        Args:
+            adapters (`list[str]`):
+                The adapters to combine.
+            weights (`list[float]`):
+                The weight of each.
+            adapter_name (`str`):
+                The name of the new adapter. It is frozen and not active.
+            combination_type (`str`, *optional*, defaults to `"linear"`):
+                `"linear"` (task arithmetic, [arXiv 2212.04089](https://arxiv.org/abs/2212.04089)), `"ties"`
+                ([arXiv 2306.01708](https://arxiv.org/abs/2306.01708)), `"dare_linear"`, `"dare_ties"`
+                ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099)) or `"magnitude_prune"`.
+            density (`float`, *optional*):
+                The share of values to keep, between 0 and 1, for all types but `"linear"`.
+            majority_sign_method (`str`, *optional*, defaults to `"total"`):
+                How TIES elects a sign: `"total"` or `"frequency"`.
+
+        Raises:
+            `ValueError`: If an adapter does not exist, the new one does, or the values do not fit together.
+        """
+        check_weighted_adapter(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+        self.peft_config[adapter_name] = combined_config(self, adapters)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in self.model.modules():
+            if isinstance(layer, LocFTLayer) and layer.edited(adapter_name):
+                combine(layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+        self.set_requires_grad(adapter_name, requires_grad=False)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT calls this around each forward pass; `adapter_names` says which adapter each row of the batch uses.
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = set(adapter_names) - set(self.peft_config) - {BASE}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        num_beams = kwargs.get("num_beams")
+        if isinstance(num_beams, int) and num_beams > 1:
+            # A beam search repeats each row.
+            adapter_names = [name for name in adapter_names for _ in range(num_beams)]
+
+        def pass_names(module: nn.Module, inputs: tuple, keywords: dict) -> tuple[tuple, dict]:
+            return inputs, {**keywords, "adapter_names": adapter_names}
+
+        handles = [
+            module.register_forward_pre_hook(pass_names, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (LocFTLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

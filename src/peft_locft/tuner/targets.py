@@ -1,18 +1,28 @@
-"""Which modules of a model a config means: default modules, negative layers, and errors that name the nearest."""
+"""Which weights of a model a config means: by name, by group, by layer, by expert; what matches nothing is an error."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
 from .config import LocFTConfig
+from .expressions import match_names
+from .messages import raise_layers_out_of_range, raise_missing_layers, raise_unmatched, shown
+from .weights import (
+    Weight,
+    find_weights,
+    in_layer,
+    language_tower,
+    layer_index,
+    layer_list,
+    num_layers,
+    other_tower,
+)
 
 
 # The names that architectures give the last projection of their MLP, the most specific first.
@@ -28,12 +38,26 @@ DOWN_PROJECTIONS = (
     "mlp.shared_expert.down_proj",  # Qwen2-MoE
     "mlp.shared_experts.down_proj",  # DeepSeek
     "shared_mlp.output_linear",  # GraniteMoeShared
+    "mlp.experts.down_proj",  # Mixtral, Qwen3-MoE, gpt-oss: all experts
+    "feed_forward.experts.down_proj",  # Jamba
 )
-_LAYER_INDEX = re.compile(r"(?:^|.*?\.)(?P<list>[^.]*)\.(?P<index>\d+)\.")
+# LocFT-BF, section 4.2: the groups of modules that the paper's search goes through, beside single projections.
+_GROUPS = {
+    "layer": re.compile(""),
+    "attention": re.compile(r"attn|attention", re.I),
+    "mlp": re.compile(r"mlp|feed_forward|ffn|moe|expert|^fc\d", re.I),
+}
+EDITABLE = "a `torch.nn.Linear`, a `transformers.pytorch_utils.Conv1D`, a `torch.nn.Embedding`, or fused experts"
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose experts and hold no facts
 
 
-def resolve_targets(config: LocFTConfig, model: nn.Module) -> None:
-    """Fill in the config's default modules and turn its layers into indices from 0; check that each matches.
+class _Found(NamedTuple):
+    weight: Weight
+    expert: int | None = None  # one of the weight's experts, or None for the whole weight
+
+
+def resolve_targets(config: LocFTConfig, model: nn.Module) -> dict[str, dict[str, tuple[int, ...] | None]]:
+    """Find the weights that a config means; fill in its default modules and turn its layers into indices from 0.
 
     Args:
         config ([`LocFTConfig`]):
@@ -41,23 +65,43 @@ def resolve_targets(config: LocFTConfig, model: nn.Module) -> None:
         model (`torch.nn.Module`):
             The model to be adapted.
 
+    Returns:
+        `dict[str, dict[str, tuple[int, ...] | None]]`: By module and parameter, the experts to edit; `None` for a
+        weight without experts.
+
     Raises:
-        `ValueError`: If no default is known, or a layer or a module matches nothing.
+        `ValueError`: If no default is known, or if a layer, a module or an expert matches nothing.
     """
-    names = [name for name, _ in model.named_modules() if name]
-    if config.layers is not None:
-        config.set_layers(_resolve_layers(config, model, names))
-    if config.target_modules is None:
-        config.target_modules = {default_module(model, config.layers, config.layers_pattern)}
+    _check_modules_to_save(config, model)
     if config.target_modules == DUMMY_TARGET_MODULES:
-        return
-    if isinstance(config.target_modules, str):
-        if config.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND and not any(
-            check_target_module_exists(config, name) for name in names
-        ):
-            _raise_unmatched([config.target_modules], model, "a string is a regular expression over whole names")
-        return
-    _check_modules(config, model, names)
+        return {}
+    weights = find_weights(model)
+    language = language_tower(model)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        config.target_modules = _all_linear(model, weights, language)
+    if config.target_modules is None:
+        if config.layers is not None:
+            config.set_layers(_resolve_layers(config, model, _of_tower(weights, None, language), language))
+        config.target_modules = {default_module(model, config.layers, config.layers_pattern)}
+    is_expression = isinstance(config.target_modules, str)
+    specs = [config.target_modules] if is_expression else sorted(config.target_modules)
+    by_spec = {spec: _find(spec, weights, language, config.layers_pattern, is_expression) for spec in specs}
+    unmatched = [spec for spec, found in by_spec.items() if not found]
+    if unmatched:
+        _check_kinds(unmatched, model)
+        raise_unmatched(unmatched, weights, language, is_expression)
+    if config.layers is not None:
+        towers = {other_tower(found.weight.name, language) for spec in by_spec.values() for found in spec}
+        if len(towers) > 1:
+            raise ValueError(
+                f"`layers` is {config.layers} and `target_modules` {specs} are in several towers of the model, "
+                f"{sorted(tower or language for tower in towers)}: make one adapter for each tower"
+            )
+        config.set_layers(_resolve_layers(config, model, _of_tower(weights, towers.pop(), language), language))
+        by_spec = {spec: _in_layers(spec, found, config, weights) for spec, found in by_spec.items()}
+    # What `exclude_modules` or `modules_to_save` leaves out is taken off last, so that it counts as no missing match.
+    excluded = set(_single(_excluded(config, weights, language)))
+    return _targets(one for found in by_spec.values() for one in _single(found) if one not in excluded)
 
 
 def default_module(
@@ -79,137 +123,203 @@ def default_module(
     Raises:
         `ValueError`: If the model has no module of a known name.
     """
-    linear = _linear_names(model)
+    language = language_tower(model)
+    names = [w.name for w in _of_tower(find_weights(model), None, language) if w.kind != "embedding"]
     for module in DOWN_PROJECTIONS:
-        having = {layer_index(name, layers_pattern) for name in linear if name.endswith(f".{module}")} - {None}
+        having = {layer_index(name, layers_pattern) for name in names if name.endswith(f".{module}")} - {None}
         if having and having.issuperset(layers or ()):
             return module
     where = "" if layers is None else f" in layers {layers}"
     raise ValueError(
         f"Please specify `target_modules` in `peft_config`: {type(model).__name__} has no down projection of a known "
-        f"name{where}. Its linear modules are {_shown(_endings(linear))}"
+        f"name{where}. Its linear modules are {shown(dict.fromkeys(map(in_layer, names)))}"
     )
 
 
-def layer_index(name: str, layers_pattern: str | Iterable[str] | None = None) -> int | None:
-    """Return the layer that a module belongs to: the first number in its name, as PEFT counts.
+def excluded_modules(config: LocFTConfig, model: nn.Module) -> set[str]:
+    """Return the modules of which `exclude_modules` or `modules_to_save` takes out something.
 
     Args:
-        name (`str`):
-            The module's full name.
-        layers_pattern (`str` or `Iterable[str]`, *optional*):
-            The names that the list of layers may have.
+        config ([`LocFTConfig`]):
+            The config.
+        model (`torch.nn.Module`):
+            The model.
 
     Returns:
-        `int` or `None`: The index, or `None` for a module outside of layers.
+        `set[str]`: The full names of the modules.
     """
-    if not layers_pattern:
-        match = _LAYER_INDEX.match(name)
-        return int(match["index"]) if match else None
-    for pattern in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern:
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
-        if match:
-            return int(match["index"])
-    return None
+    return {one.weight.module for one in _excluded(config, find_weights(model), language_tower(model))}
 
 
-def num_layers(config: PreTrainedConfig | None) -> int | None:
-    """Return the number of decoder layers that a model's config states.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`], *optional*):
-            The model's config.
-
-    Returns:
-        `int` or `None`: The number, of the text model where there are several.
-    """
-    if not isinstance(config, PreTrainedConfig):
-        return None
-    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+def _excluded(config: LocFTConfig, weights: list[Weight], language: str | None) -> Iterator[_Found]:
+    is_expression = isinstance(config.exclude_modules, str)
+    for spec in [config.exclude_modules] if is_expression else sorted(config.exclude_modules or ()):
+        yield from _find(spec, weights, language, config.layers_pattern, is_expression, field="exclude_modules")
+    for module in config.modules_to_save or ():
+        yield from (_Found(weight) for weight in weights if f".{module}." in f".{weight.name}.")
 
 
-def _resolve_layers(config: LocFTConfig, model: nn.Module, names: list[str]) -> list[int]:
+def _single(found: Iterable[_Found]) -> Iterator[_Found]:
+    """Whole fused weights as their single experts, so that these can be compared."""
+    for weight, expert in found:
+        if weight.num_experts is None or expert is not None:
+            yield _Found(weight, expert)
+        else:
+            yield from (_Found(weight, expert) for expert in range(weight.num_experts))
+
+
+def _find(
+    spec: str,
+    weights: list[Weight],
+    language: str | None,
+    layers_pattern: str | list[str] | None,
+    is_expression: bool,
+    field: str = "target_modules",
+) -> list[_Found]:
+    """What an entry means, the first of these that there is: a group, a weight, an expert, a part of the model."""
+    if is_expression:
+        return _expression(spec, weights, language, field)
+    tower, rest = _asked_tower(spec, weights, language)
+    weights = _of_tower(weights, tower, language)
+    if not rest:
+        return [_Found(w) for w in weights if w.kind != "embedding"]
+    if rest in _GROUPS:
+        return [_Found(w) for w in weights if _is_in_group(rest, w, layers_pattern)]
+    named = [_Found(w) for w in weights if _is_end(rest, w.name)]
+    return named or [*_experts(rest, weights)] or [_Found(w) for w in weights if _is_part(rest, w)]
+
+
+def _is_end(spec: str, name: str) -> bool:
+    return name == spec or name.endswith(f".{spec}")
+
+
+def _is_part(spec: str, weight: Weight) -> bool:
+    """Whether a spec names a module around the weight, such as `self_attn` or `mlp.shared_expert`."""
+    return weight.kind != "embedding" and f".{spec}." in f".{weight.name}."
+
+
+def _is_in_group(group: str, weight: Weight, layers_pattern: str | list[str] | None) -> bool:
+    if weight.kind == "embedding" or layer_index(weight.name, layers_pattern) is None:
+        return False
+    part = in_layer(weight.name)
+    return part.rpartition(".")[2] not in _ROUTERS and bool(_GROUPS[group].search(part))
+
+
+def _experts(spec: str, weights: list[Weight]) -> Iterator[_Found]:
+    """One expert of fused weights, called as in a list of modules: `mlp.experts.3.down_proj`."""
+    for match in re.finditer(r"(?:^|\.)(-?\d+)(?=\.|$)", spec):
+        before, after = spec[: match.start()], spec[match.end() :].removeprefix(".")
+        number = int(match[1])
+        for weight in weights:
+            if weight.num_experts is None or not before or not _is_end(before, weight.module):
+                continue
+            if after != ("" if weight.parameter == "weight" else weight.parameter):
+                continue
+            if not -weight.num_experts <= number < weight.num_experts:
+                raise ValueError(
+                    f"`target_modules` has {spec!r}, but {weight.name} has the {weight.num_experts} experts 0 to "
+                    f"{weight.num_experts - 1} (or -{weight.num_experts} to -1 from the last)"
+                )
+            yield _Found(weight, number % weight.num_experts)
+
+
+def _expression(expression: str, weights: list[Weight], language: str | None, field: str) -> list[_Found]:
+    """A regular expression over whole names, which says itself whether another tower is meant."""
+    names: dict[str, _Found] = {}
+    for weight in weights:
+        tower = other_tower(weight.name, language)
+        if tower is not None and tower.rpartition(".")[2] not in expression:
+            continue
+        names.update({weight.expert_name(expert): _Found(weight, expert) for expert in range(weight.num_experts or 0)})
+        names[weight.name] = _Found(weight)
+    return [names[name] for name in match_names(expression, list(names), field)]
+
+
+def _all_linear(model: nn.Module, weights: list[Weight], language: str | None) -> set[str]:
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    left_out = {name for name, module in model.named_modules() if module is head and head is not None}
+    return {w.name for w in _of_tower(weights, None, language) if w.kind == "linear" and w.name not in left_out}
+
+
+def _asked_tower(spec: str, weights: list[Weight], language: str | None) -> tuple[str | None, str]:
+    """The tower that a spec begins with, if it is not the text model, and the rest of the spec."""
+    towers = {other_tower(weight.name, language) for weight in weights} - {None}
+    for tower in sorted(towers, key=len, reverse=True):
+        if spec.startswith(f"{tower}."):
+            return tower, spec  # a full name
+        last = tower.rpartition(".")[2]
+        if spec in (tower, last) or spec.startswith(f"{last}."):
+            return tower, "" if spec in (tower, last) else spec.removeprefix(f"{last}.")
+    return None, spec
+
+
+def _of_tower(weights: list[Weight], tower: str | None, language: str | None) -> list[Weight]:
+    return [weight for weight in weights if other_tower(weight.name, language) == tower]
+
+
+def _resolve_layers(config: LocFTConfig, model: nn.Module, weights: list[Weight], language: str | None) -> list[int]:
+    names = [weight.name for weight in weights]
     present = {layer_index(name, config.layers_pattern) for name in names} - {None}
     if not present:
+        pattern = f", which is {config.layers_pattern!r}" if config.layers_pattern else ""
         raise ValueError(
-            f"`layers` is {config.layers}, but {type(model).__name__} has no numbered layers: leave `layers` out, or "
-            "name their list in `layers_pattern`"
+            f"`layers` is {shown(config.layers)}, but {type(model).__name__} has no numbered layers: leave `layers` "
+            f"out, or name their list in `layers_pattern`{pattern}"
         )
-    count = num_layers(getattr(model, "config", None)) or max(present) + 1
+    # The longest list is not always the decoder's, so the config counts; other towers are counted as they are.
+    is_text = all(other_tower(name, language) is None for name in names)
+    count = (num_layers(getattr(model, "config", None)) if is_text else None) or max(present) + 1
     missing = [layer for layer in config.layers if not -count <= layer < count]
     if missing:
-        raise ValueError(
-            f"layers {missing} are not in the model, which has the {count} layers 0 to {count - 1} (or -{count} to -1 "
-            f"from the last): the nearest are {sorted({0 if layer < 0 else count - 1 for layer in missing})}"
-        )
+        raise_layers_out_of_range(missing, count)
     if not config.layers_pattern:
         # PEFT finds the layers of a bare decoder, whose names begin with "layers.", only if told what they are called.
-        matches = [match for match in map(_LAYER_INDEX.match, names) if match]
-        if matches and all(match.start("list") == 0 for match in matches):
-            config.layers_pattern = sorted({match["list"] for match in matches})
+        lists = [layer_list(name) for name in names if layer_index(name) is not None]
+        if all(lists):
+            config.layers_pattern = sorted(set(lists))
     return sorted({layer % count for layer in config.layers})
 
 
-def _check_modules(config: LocFTConfig, model: nn.Module, names: list[str]) -> None:
-    by_target = {
-        target: [name for name in names if name == target or name.endswith(f".{target}")]
-        for target in sorted(config.target_modules)
-    }
-    unmatched = [target for target, named in by_target.items() if not named]
-    if unmatched:
-        _raise_unmatched(unmatched, model)
-    if config.layers is None:
-        return
-    for target, named in by_target.items():
-        # False is no match. What `exclude_modules` or `modules_to_save` leaves out is neither a match nor missing.
-        found = {name: result for name in named if (result := check_target_module_exists(config, name)) is not False}
-        missing = sorted(set(config.layers) - {layer_index(name, config.layers_pattern) for name in found})
-        outside = [n for n in found if found[n] and layer_index(n, config.layers_pattern) not in config.layers]
-        if outside:
-            raise ValueError(
-                f"`target_modules` has {target!r}, which is a module outside of `layers` {config.layers}: give the end "
-                "of its name to choose by layer, or leave `layers` out"
-            )
-        if missing:
-            having = sorted({layer_index(name, config.layers_pattern) for name in named} - {None})
-            there = _endings(n for n in _linear_names(model) if layer_index(n, config.layers_pattern) in missing)
-            raise ValueError(
-                f"layers {missing} have no module {target!r}, which is "
-                + (f"in the layers {_shown(having)}" if having else "outside of the layers: leave `layers` out")
-                + f"; their modules are {_shown(there)}"
-            )
+def _in_layers(spec: str, found: list[_Found], config: LocFTConfig, weights: list[Weight]) -> list[_Found]:
+    def layer_of(weight: Weight) -> int | None:
+        return layer_index(weight.name, config.layers_pattern)
+
+    inside = [one for one in found if layer_of(one.weight) in config.layers]
+    if any(one.weight.name == spec and one not in inside for one in found):
+        raise ValueError(
+            f"`target_modules` has {spec!r}, which is a module outside of `layers` {config.layers}: give the end of its "
+            "name to choose by layer, or leave `layers` out"
+        )
+    missing = sorted(set(config.layers) - {layer_of(one.weight) for one in inside})
+    if missing:
+        having = sorted({layer_of(one.weight) for one in found} - {None})
+        there = [weight.name for weight in weights if weight.kind != "embedding" and layer_of(weight) in missing]
+        raise_missing_layers(spec, missing, having, there)
+    return inside
 
 
-def _raise_unmatched(targets: list[str], model: nn.Module, note: str = "") -> None:
-    endings = _endings(_linear_names(model))
-    near: dict[str, None] = {}
-    for target in targets:
-        near.update(dict.fromkeys(difflib.get_close_matches(target, endings, n=3, cutoff=0.4)))
-    raise ValueError(
-        f"Target modules {targets} not found in the base model"
-        + (f" ({note})" if note else "")
-        + f": the nearest names are {_shown(near or endings)}"
-    )
+def _targets(found: Iterable[_Found]) -> dict[str, dict[str, tuple[int, ...] | None]]:
+    targets: dict[str, dict[str, tuple[int, ...] | None]] = {}
+    for weight, expert in found:
+        parameters = targets.setdefault(weight.module, {})
+        before = parameters.get(weight.parameter) or ()
+        parameters[weight.parameter] = None if expert is None else tuple(sorted({*before, expert}))
+    return targets
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    names = []
+def _check_kinds(unmatched: list[str], model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in adapted):
-            continue  # what an adapter wraps and adds goes by the name of the module it adapts
-        if name in adapted:
-            module = module.get_base_layer()
-        if name and isinstance(module, (nn.Linear, Conv1D)):
-            names.append(name)
-    return names
+        if any(_is_end(spec, name) for spec in unmatched) and not next(module.children(), None):
+            raise TypeError(
+                f"the target module {name!r} is a {type(module).__name__}, expected {EDITABLE}: name other "
+                "`target_modules`"
+            )
 
 
-def _endings(names: Iterable[str]) -> list[str]:
-    """The parts of names behind the layer's number, each once, in order."""
-    return list(dict.fromkeys(_LAYER_INDEX.sub("", name, count=1) for name in names))
-
-
-def _shown(items: Iterable, most: int = 12) -> str:
-    items = list(items)
-    return f"{items[:most]}" + (f" and {len(items) - most} more" if len(items) > most else "")
+def _check_modules_to_save(config: LocFTConfig, model: nn.Module) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    # PEFT itself adds heads of classifiers, of which a model has one.
+    asked = [module for module in config.modules_to_save or () if module not in SEQ_CLS_HEAD_NAMES]
+    missing = [module for module in asked if not any(_is_end(module, name) for name in names)]
+    if missing:
+        raise_unmatched(missing, [Weight(name, "linear") for name in names], None, what="`modules_to_save`")

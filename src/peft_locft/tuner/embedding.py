@@ -1,0 +1,77 @@
+"""The delta on an embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import LocFTConfig
+from .layer import LocFTLayer
+from .linear import add_by_row, check_mixed_batch
+
+
+class LocFTEmbedding(LocFTLayer):
+    """LocFT on a `torch.nn.Embedding`: the row of each token gets a delta, scaled as the model scales its embeddings.
+
+    Where the embedding is tied to the head, the adapter edits the embedding alone, and merging unties the two.
+
+    Args:
+        base_layer (`torch.nn.Embedding`):
+            The embedding to edit.
+        adapter_name (`str`):
+            The name of the first adapter.
+        config ([`LocFTConfig`]):
+            Its configuration.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LocFTConfig) -> None:
+        super().__init__(base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+
+    def _add_delta(self, adapter_name: str, zero: bool) -> None:
+        base = self.get_base_layer()
+        delta = nn.Embedding(base.num_embeddings, base.embedding_dim, padding_idx=base.padding_idx)
+        if zero:
+            nn.init.zeros_(delta.weight)
+        self.locft_delta[adapter_name] = delta
+
+    def get_delta_weight(self, adapter: str, parameter: str = "weight") -> torch.Tensor:
+        if adapter in self.locft_delta:
+            return self.locft_delta[adapter].weight  # (num_embeddings, embedding_dim)
+        return torch.zeros_like(self.weight, dtype=torch.float32)
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        check_mixed_batch(self, x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)  # (batch, seq, embedding_dim)
+        if self.disable_adapters or self.merged:
+            return result
+        if adapter_names is not None:
+            return add_by_row(self, x, result, adapter_names)
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter in self.locft_delta:
+                result = result + self.contribution(adapter, x)
+        return result.to(dtype)
+
+    def contribution(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the delta, scaled.
+
+        Args:
+            adapter (`str`):
+                The name of the adapter.
+            x (`torch.Tensor`):
+                The tokens, of shape (...).
+
+        Returns:
+            `torch.Tensor`: Of shape (..., embedding_dim), in the delta's dtype.
+        """
+        rows = self.locft_delta[adapter](x)
+        scale = self._get_embed_scale()  # Gemma multiplies its embeddings by the root of their width
+        return rows if scale is None else rows * scale.to(rows.dtype)

@@ -125,7 +125,9 @@ class LocFTConfig(PeftConfig):
             raise ValueError(
                 f"`layers` is {layers} and `layers_to_transform` is {to_transform}: they mean the same, give one of them"
             )
-        self.layers = self.layers_to_transform = layers if layers is not None else to_transform
+        self.layers = layers if layers is not None else to_transform
+        if layers is not None:
+            self.layers_to_transform = layers
         if self.layers is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 f"`layers` is {self.layers} and `target_modules` is the string {self.target_modules!r}, which is a "

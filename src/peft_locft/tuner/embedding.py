@@ -28,6 +28,8 @@ class LocFTEmbedding(LocFTLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LocFTConfig) -> None:
         super().__init__(base_layer)
+        base = self.get_base_layer()
+        self.in_features, self.out_features = base.num_embeddings, base.embedding_dim
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 

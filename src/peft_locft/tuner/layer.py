@@ -259,6 +259,19 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             if adapter_name in deltas and not any(p.is_meta for p in deltas[adapter_name].parameters()):
                 deltas[adapter_name].to(device, dtype)
 
+    def cast_delta_like_base(self, adapter_name: str) -> None:
+        """Give a delta the dtype of the base weight, if that is a floating-point one.
+
+        Args:
+            adapter_name (`str`):
+                The name of the adapter.
+        """
+        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        if dtype is not None and dtype.is_floating_point:
+            for name in self.adapter_layer_names:
+                if adapter_name in getattr(self, name):
+                    getattr(self, name)[adapter_name].to(dtype)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 

@@ -129,6 +129,14 @@ class LocFTModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            # Only whoever asks PEFT for it by name gets deltas as coarse as the base weights.
+            for layer in self.model.modules():
+                if isinstance(layer, LocFTLayer) and layer.edited(adapter_name):
+                    layer.cast_delta_like_base(adapter_name)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,

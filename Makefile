@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Written last, so that an installation that was interrupted is begun again.
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test conformance lint docs clean
 
 demo: $(READY)  ## teach SmolLM2-135M the facts of examples/edits.jsonl, anew into demo_output/
 	rm -rf demo_output
@@ -12,7 +12,11 @@ demo: $(READY)  ## teach SmolLM2-135M the facts of examples/edits.jsonl, anew in
 
 test: $(READY) lint  ## all that CI runs
 	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python tests/conformance/run.py
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+conformance: $(READY)  ## PEFT's own test suite on LocFT, with the reasons of what is skipped
+	$(BIN)/python tests/conformance/run.py -rs
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -27,4 +31,4 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output docs/_build
+	rm -rf $(VENV) .conformance demo_output docs/_build

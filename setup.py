@@ -18,6 +18,7 @@ REQUIRED = [
     "peft>=0.21.2",
     "pyarrow",
     "pyyaml",
+    "regex",
     "rich",
     "safetensors",
     "torch>=2.13.0",
@@ -28,7 +29,8 @@ REQUIRED = [
 PLOTS = ["matplotlib>=3.8"]
 DEMO = [*PLOTS, "gguf>=0.10"]
 DOCS = ["furo", "myst-parser", "sphinx>=8"]
-DEV = [*DEMO, *DOCS, "ipykernel", "nbclient", "nbformat", "pytest>=8", "ruff>=0.9"]
+QUANTIZATION = ["bitsandbytes>=0.50", "torchao>=0.18"]
+DEV = [*DEMO, *DOCS, *QUANTIZATION, "ipykernel", "nbclient", "nbformat", "pytest>=8", "ruff>=0.9"]
 
 setup(
     name="peft-locft",

@@ -14,6 +14,7 @@ import sys
 VERBS = {
     "edit": "teach a model a file of edits, and write adapter, results and card",
     "evaluate": "score an adapter's edits, before and after",
+    "export": "make an adapter smaller, a LoRA, or a merged model, and tell what that costs",
     "ask": "answer prompts with the base model and the edited one, side by side",
 }
 
@@ -56,6 +57,7 @@ def _help() -> str:
             "",
             "  locft edit --model M --edits edits.jsonl --output capitals",
             "  locft evaluate --adapter capitals",
+            "  locft export --adapter capitals --output capitals-lora --format lora --rank 64",
             '  locft ask --adapter capitals "The capital of Kazakhstan is"',
             "",
             "`locft VERB --help` lists a verb's options; `--config FILE.yaml` reads them from a file.",

@@ -6,15 +6,16 @@ everything else in PEFT knows it.
 
 from .edits import Edit, EditConflictError, EditDataError, EditError, EditSet, Probe, load_edits
 from .evaluation import EditResults, evaluate_edits, load_results, plot_results
-from .hub import load_adapter
+from .hub import ExportReport, load_adapter, save_as_lora, save_compressed
 from .location import default_location
 from .trainer import EditConfig, EditTrainer
-from .tuner import LocFTConfig, LocFTModel
+from .tuner import BaseMismatchWarning, LocFTConfig, LocFTModel, MergeCost, merge_report
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseMismatchWarning",
     "Edit",
     "EditConfig",
     "EditConflictError",
@@ -23,13 +24,18 @@ __all__ = [
     "EditResults",
     "EditSet",
     "EditTrainer",
+    "ExportReport",
     "LocFTConfig",
     "LocFTModel",
+    "MergeCost",
     "Probe",
     "default_location",
     "evaluate_edits",
     "load_adapter",
     "load_edits",
     "load_results",
+    "merge_report",
     "plot_results",
+    "save_as_lora",
+    "save_compressed",
 ]

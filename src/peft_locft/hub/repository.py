@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ..edits import LEDGER_NAME, EditSet
 from ..evaluation import RESULTS_NAME, EditResults
+from ..tuner import LocFTConfig, check_tokenizer
 from .card import edit_card
 
 
@@ -42,7 +43,9 @@ def repository_files(
     return files
 
 
-def load_adapter(adapter: str, model: str | None = None, **model_kwargs) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_adapter(
+    adapter: str, model: str | None = None, *, strict: bool = False, **model_kwargs
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load an edited model: the adapter, the base model it names, and the tokenizer.
 
     Args:
@@ -50,6 +53,9 @@ def load_adapter(adapter: str, model: str | None = None, **model_kwargs) -> tupl
             The adapter's folder or its repository on the Hub.
         model (`str`, *optional*):
             The base model, if not the one that the adapter names.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether a base model or tokenizer that the adapter was not trained on is an error. Otherwise it is a
+            warning, a [`BaseMismatchWarning`].
         model_kwargs (`dict`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`].
 
@@ -57,7 +63,8 @@ def load_adapter(adapter: str, model: str | None = None, **model_kwargs) -> tupl
         `tuple[PeftModel, PreTrainedTokenizerBase]`: The edited model, in evaluation mode, and the tokenizer.
 
     Raises:
-        `ValueError`: If there is no adapter, or it names no base model, or one in a folder that does not exist here.
+        `ValueError`: If there is no adapter, or it names no base model, or one in a folder that does not exist here;
+            if `strict` and the base model is not the adapter's own.
     """
     config = PeftConfig.from_pretrained(adapter)
     base = model or config.base_model_name_or_path
@@ -69,4 +76,9 @@ def load_adapter(adapter: str, model: str | None = None, **model_kwargs) -> tupl
             "the base model as `model`"
         )
     base_model = AutoModelForCausalLM.from_pretrained(base, **model_kwargs)
-    return PeftModel.from_pretrained(base_model, adapter).eval(), AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if isinstance(config, LocFTConfig):
+        config = LocFTConfig.from_pretrained(adapter)  # with what stands beside the weights
+        config.strict = config.strict or strict
+        check_tokenizer(config, tokenizer)
+    return PeftModel.from_pretrained(base_model, adapter, config=config).eval(), tokenizer

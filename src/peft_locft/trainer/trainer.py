@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..edits import EditSet, load_edits
 from ..evaluation import METRICS, Answer, EditResults, evaluate_edits
 from ..location import default_location
+from ..tuner import LocFTConfig, check_tokenizer
 from .checks import check_breadth_first, check_output_dir, check_same_edits, find_checkpoint, read_state
 from .config import EditConfig
 from .data import EditCollator, tokenize_edits
@@ -139,6 +140,8 @@ class EditTrainer(PublishingTrainer):
                 f"{type(model.active_peft_config).__name__} learns a prompt, expected a PEFT config that changes modules, "
                 "such as LocFTConfig or LoraConfig: an edit is a change of the model's weights"
             )
+        if isinstance(model.active_peft_config, LocFTConfig):
+            check_tokenizer(model.active_peft_config, processing_class, remember=True)
         if args.learning_rate is None:
             args.learning_rate = automatic_learning_rate(model)
 

@@ -86,7 +86,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def check_tokenizer(config: LocFTConfig, tokenizer: Any) -> None:
+def check_tokenizer(config: LocFTConfig, tokenizer: Any, remember: bool = False) -> None:
     """Compare a tokenizer with the one that an adapter was trained with.
 
     Args:
@@ -94,11 +94,16 @@ def check_tokenizer(config: LocFTConfig, tokenizer: Any) -> None:
             The adapter's config.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
+        remember (`bool`, *optional*, defaults to `False`):
+            Whether to fill in the config's `tokenizer_fingerprint` if it has none.
 
     Raises:
         `ValueError`: If it reads text in another way and the config is `strict`.
     """
-    if config.tokenizer_fingerprint in (None, tokenizer_fingerprint(tokenizer)):
+    now = tokenizer_fingerprint(tokenizer)
+    if config.tokenizer_fingerprint is None and remember:
+        config.tokenizer_fingerprint = now
+    if config.tokenizer_fingerprint in (None, now):
         return
     message = (
         f"the adapter was trained with the tokenizer of {config.base_model_name_or_path}, and the tokenizer loaded here, "

@@ -15,7 +15,6 @@ from trl import TrlParser
 from ..edits import LEDGER_NAME, EditSet, write_atomically
 from ..evaluation import METRICS, EditResults, evaluate_edits
 from ..hub import load_adapter, repository_files, save_as_lora, save_compressed
-from ..trainer import check_output_dir
 from ..tuner import merge_report
 from .evaluate import ledger_of
 
@@ -62,7 +61,7 @@ def main(arguments: list[str]) -> None:
     """
     (options,) = TrlParser(ExportArguments, prog="locft export").parse_args_and_config(arguments)
     rank, dtype = _checked(options)
-    check_output_dir(options.output)
+    _check_output(options.output)
     edits = ledger_of(options.adapter) if options.score else None
     model, tokenizer = load_adapter(options.adapter, options.model)
     before = None if edits is None else evaluate_edits(model, tokenizer, edits, batch_size=options.batch_size)
@@ -96,7 +95,20 @@ def _checked(options: ExportArguments) -> tuple[int | float | None, torch.dtype 
             rank = int(rank) if rank.isdigit() else float(rank)
         except ValueError:
             raise ValueError(f"`--rank` is {rank!r}, expected an integer, or a share of energy such as 0.95") from None
+        if not (rank > 0 if isinstance(rank, int) else 0 < rank <= 1):
+            raise ValueError(
+                f"`--rank` is {options.rank!r}, expected a positive integer, or a share of energy such as 0.95"
+            )
     return rank, _DTYPES.get(options.dtype)
+
+
+def _check_output(output: str) -> None:
+    # Stricter than for training: what is written could be the base model or the adapter itself.
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"the output folder {folder} is a file: choose another one")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"the output folder {folder} is not empty: choose a new one")
 
 
 def _save(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,20 +81,30 @@ def save_compressed(
     _check(rank, dtype)
     state, report = {}, _Kept()
     small = copy.deepcopy(config)
-    for key, tensor in _state(model, adapter_name).items():
-        name = key.removeprefix(_PREFIX).removesuffix(_DELTA)
-        factors = _factors(tensor, rank, only_if_smaller=True) if _is_linear_delta(model, key) else None
-        if ".locft_" not in key:
+    dense = _state(model, adapter_name)
+    for key, tensor in dense.items():
+        stem, _, kind = key.partition(".locft_")
+        name = stem.removeprefix(_PREFIX)
+        if not kind:
             state[key] = tensor  # a full copy of `modules_to_save`
-        elif factors is None:
-            state[key] = _cast(tensor, dtype)
-            report.add(name, tensor, state[key].to(torch.float32), None)
-        else:
-            down, up = (_cast(factor, dtype) for factor in factors)
-            stem = key.removesuffix(_DELTA)
+        elif kind == "A.weight" or _is_linear_delta(model, key):
+            # A delta that is compressed already has two matrices, of which the first stands for both.
+            factors = (tensor, dense[f"{stem}.locft_B.weight"]) if kind == "A.weight" else None
+            delta = tensor if factors is None else factors[1].to(torch.float32) @ factors[0].to(torch.float32)
+            smaller = _factors(
+                delta, rank, largest=delta.numel() if factors is None else sum(f.numel() for f in factors)
+            )
+            if (smaller or factors) is None:
+                state[key] = _cast(tensor, dtype)
+                report.add(name, tensor, state[key].to(torch.float32), None)
+                continue
+            down, up = (_cast(factor, dtype or tensor.dtype) for factor in smaller or factors)
             state[f"{stem}.locft_A.weight"], state[f"{stem}.locft_B.weight"] = down, up
             small.rank_pattern[name] = len(down)
-            report.add(name, tensor, up.to(torch.float32) @ down.to(torch.float32), len(down))
+            report.add(name, delta, up.to(torch.float32) @ down.to(torch.float32), len(down))
+        elif kind != "B.weight":
+            state[key] = _cast(tensor, dtype)
+            report.add(key.removeprefix(_PREFIX).removesuffix(_DELTA), tensor, state[key].to(torch.float32), None)
     return _save(folder, state, small, config, report)
 
 
@@ -146,7 +157,7 @@ def save_as_lora(
         is_conv1d = isinstance(layer.get_base_layer(), Conv1D)
         delta = layer.get_delta_weight(adapter_name).detach()
         delta = delta.T if is_conv1d else delta  # (out_features, in_features)
-        down, up = (_cast(factor, dtype) for factor in _factors(delta, rank, only_if_smaller=False))
+        down, up = (_cast(factor, dtype or delta.dtype) for factor in _factors(delta, rank))
         state[f"{_PREFIX}{name}.lora_A.weight"], state[f"{_PREFIX}{name}.lora_B.weight"] = down, up
         report.add(name, delta, up.to(torch.float32) @ down.to(torch.float32), len(down))
         transposed |= is_conv1d
@@ -197,9 +208,12 @@ def _is_linear_delta(model: PeftModel, key: str) -> bool:
 
 
 def _factors(
-    delta: torch.Tensor, rank: int | float | None, only_if_smaller: bool
+    delta: torch.Tensor, rank: int | float | None, largest: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The two matrices whose product is nearest to a delta: (rank, in_features) and (out_features, rank)."""
+    """The two matrices whose product is nearest to a delta: (rank, in_features) and (out_features, rank).
+
+    `None` where there is no rank, or where they would have as many numbers as `largest` or more.
+    """
     if rank is None:
         return None
     u, s, v = torch.linalg.svd(delta.to(torch.float32), full_matrices=False)
@@ -210,7 +224,7 @@ def _factors(
     else:
         count = rank
     count = min(count, len(s))
-    if only_if_smaller and count * sum(delta.shape) >= delta.numel():
+    if largest is not None and count * sum(delta.shape) >= largest:
         return None
     root = s[:count].sqrt()  # shared out evenly, so that neither factor is rounded more than the other
     return (root[:, None] * v[:count]).contiguous(), (u[:, :count] * root).contiguous()
@@ -230,7 +244,7 @@ def _lora_config(model: PeftModel, config: LocFTConfig, ranks: dict[str, int | N
         alpha_pattern=dict(lower),
         target_modules=config.target_modules,
         layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
+        layers_pattern=_literal(config.layers_pattern),
         modules_to_save=config.modules_to_save,
         fan_in_fan_out=transposed,
         task_type=config.task_type,
@@ -239,10 +253,18 @@ def _lora_config(model: PeftModel, config: LocFTConfig, ranks: dict[str, int | N
         inference_mode=True,
     )
     names = {name for name, _ in model.get_base_model().named_modules()}
-    if {name for name in names if name and check_target_module_exists(lora, name)} != set(ranks):
+    # A string is not tried: it may come from the Hub, and Python's own engine has no timeout.
+    if isinstance(config.target_modules, str) or {
+        name for name in names if name and check_target_module_exists(lora, name)
+    } != set(ranks):
         # PEFT does not know groups, parts and towers: it gets the full names.
         lora.target_modules, lora.layers_to_transform, lora.layers_pattern = set(ranks), None, None
     return lora
+
+
+def _literal(patterns: str | list[str] | None) -> list[str] | None:
+    # For PEFT they are regular expressions, for LocFT names.
+    return [re.escape(name) for name in ([patterns] if isinstance(patterns, str) else patterns)] if patterns else None
 
 
 def _save(

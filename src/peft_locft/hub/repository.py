@@ -44,7 +44,7 @@ def repository_files(
 
 
 def load_adapter(
-    adapter: str, model: str | None = None, *, strict: bool = False, **model_kwargs
+    adapter: str, model: str | None = None, *, strict: bool | None = None, **model_kwargs
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load an edited model: the adapter, the base model it names, and the tokenizer.
 
@@ -53,9 +53,9 @@ def load_adapter(
             The adapter's folder or its repository on the Hub.
         model (`str`, *optional*):
             The base model, if not the one that the adapter names.
-        strict (`bool`, *optional*, defaults to `False`):
+        strict (`bool`, *optional*):
             Whether a base model or tokenizer that the adapter was not trained on is an error. Otherwise it is a
-            warning, a [`BaseMismatchWarning`].
+            warning, a [`BaseMismatchWarning`]. Defaults to what the adapter's config says.
         model_kwargs (`dict`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`].
 
@@ -79,6 +79,7 @@ def load_adapter(
     tokenizer = AutoTokenizer.from_pretrained(base)
     if isinstance(config, LocFTConfig):
         config = LocFTConfig.from_pretrained(adapter)  # with what stands beside the weights
-        config.strict = config.strict or strict
+        if strict is not None:
+            config.strict = strict
         check_tokenizer(config, tokenizer)
     return PeftModel.from_pretrained(base_model, adapter, config=config).eval(), tokenizer

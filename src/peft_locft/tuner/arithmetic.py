@@ -69,8 +69,8 @@ def check_weighted_adapter(
         )
     if combination_type not in _COMBINATIONS:
         raise ValueError(f"`combination_type` is {combination_type!r}, expected one of {list(_COMBINATIONS)}")
-    if combination_type != "linear" and (density is None or not 0 <= density <= 1):
-        raise ValueError(f"`density` is {density}, expected a share between 0 and 1 for {combination_type!r}")
+    if combination_type != "linear" and (density is None or not 0 < density <= 1):
+        raise ValueError(f"`density` is {density}, expected a share above 0, and 1 at most, for {combination_type!r}")
     if majority_sign_method not in _SIGN_METHODS:
         raise ValueError(f"`majority_sign_method` is {majority_sign_method!r}, expected one of {list(_SIGN_METHODS)}")
     copies = [module for module in tuner.modules() if isinstance(module, ModulesToSaveWrapper)]

@@ -8,16 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
 
 
 # What stands beside the weights in an adapter's repository, and has to travel with them.
 COMPANION_FILES = ("edits.jsonl", "edit_results.json", "README.md")
 _MOST_LAYERS = 10_000  # more than any model has: a longer list is a faulty or hostile config
+_MOST_PATTERNS = 100
 _NAME = re.compile(r"[\w.-]{1,500}")
+_TYPES = {
+    "init_weights": (bool, "True or False"),
+    "strict": (bool, "True or False"),
+    "inference_mode": (bool, "True or False"),
+    "task_type": (str, "a name such as 'CAUSAL_LM'"),
+    "base_model_name_or_path": ((str, os.PathLike), "a name or a folder"),
+    "revision": (str, "a branch, a tag or a commit"),
+}
 
 
 @dataclass
@@ -107,6 +117,12 @@ class LocFTConfig(PeftConfig):
     )
 
     def __post_init__(self):
+        for name, (kind, expected) in _TYPES.items():
+            value = getattr(self, name)
+            is_missing = value is None and kind is not bool
+            # The length, because PEFT's own message would repeat a task type of any length.
+            if not is_missing and (not isinstance(value, kind) or len(str(value)) > 4096):
+                raise ValueError(f"`{name}` is {_cut(value)}, expected {expected}")
         super().__post_init__()
         self.peft_type = PeftType.LOCFT
         for name in ("target_modules", "exclude_modules"):
@@ -115,24 +131,26 @@ class LocFTConfig(PeftConfig):
                 _check_names(modules, name)
                 setattr(self, name, set(modules))
             elif modules is not None and not isinstance(modules, str):
-                raise ValueError(f"`{name}` is {modules!r}, expected a list of names or a regular expression")
+                raise ValueError(f"`{name}` is {_cut(modules)}, expected a list of names or a regular expression")
         if self.modules_to_save is not None:
             _check_names(self.modules_to_save, "modules_to_save")
         _check_ranks(self.rank_pattern)
+        _check_patterns(self.layers_pattern)
         layers = _as_layers(self.layers, "layers")
         to_transform = _as_layers(self.layers_to_transform, "layers_to_transform")
         if layers is not None and to_transform is not None and layers != to_transform:
             raise ValueError(
-                f"`layers` is {layers} and `layers_to_transform` is {to_transform}: they mean the same, give one of them"
+                f"`layers` is {_cut(layers)} and `layers_to_transform` is {_cut(to_transform)}: they mean the same, give "
+                "one of them"
             )
         self.layers = layers if layers is not None else to_transform
-        if layers is not None:
-            self.layers_to_transform = layers
+        if layers is not None or not isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = self.layers  # PEFT keeps a single integer as it is
         if self.layers is not None and isinstance(self.target_modules, str):
             raise ValueError(
-                f"`layers` is {self.layers} and `target_modules` is the string {self.target_modules!r}, which is a "
-                "regular expression over whole names, in which PEFT takes no layers: give a list, as in "
-                f"`target_modules=[{self.target_modules!r}]`, or put the layers into the expression"
+                f"`layers` is {_cut(self.layers)} and `target_modules` is the string {_cut(self.target_modules)}, which is "
+                "a regular expression over whole names, in which PEFT takes no layers: give a list, as in "
+                f"`target_modules=[{_cut(self.target_modules)}]`, or put the layers into the expression"
             )
         if self.layers_pattern and self.layers is None:
             raise ValueError("When `layers_pattern` is specified, `layers` must also be specified.")
@@ -211,8 +229,12 @@ class LocFTConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if kwargs.get("strict") is not None:
+            config.strict = kwargs["strict"]  # PEFT lets the file win over the caller
         source = Path(pretrained_model_name_or_path, subfolder or "")
         if source.is_dir():
+            if (source / WEIGHTS_NAME).exists() and not (source / SAFETENSORS_WEIGHTS_NAME).exists():
+                _refuse_pickle(str(source))
             # At once, because the folder may be gone by the time the adapter is saved.
             files = [source / name for name in COMPANION_FILES]
             config.set_companions({path.name: path.read_text(encoding="utf-8") for path in files if path.is_file()})
@@ -221,6 +243,8 @@ class LocFTConfig(PeftConfig):
             # The token is not kept: the config is pickled and copied with the model.
             hub_kwargs = {name: value for name, value in cls._split_kwargs(kwargs)[0].items() if name != "token"}
             config._origin = (str(pretrained_model_name_or_path), subfolder, hub_kwargs)
+            if _has_only_pickle(str(pretrained_model_name_or_path), subfolder, cls._split_kwargs(kwargs)[0]):
+                _refuse_pickle(str(pretrained_model_name_or_path))
         return config
 
     def _fetch_companions(self) -> dict[str, str]:
@@ -241,12 +265,51 @@ class LocFTConfig(PeftConfig):
 
 def _check_names(names: Any, field_name: str) -> None:
     # Whole names, and what PEFT would take for a regular expression: in `modules_to_save` it does not say so.
-    faulty = [name for name in names if not isinstance(name, str) or not _NAME.fullmatch(name)]
-    if isinstance(names, str) or faulty:
+    faulty = not isinstance(names, (list, tuple, set)) or any(
+        not isinstance(name, str) or not _NAME.fullmatch(name) for name in names
+    )
+    if faulty:
         raise ValueError(
             f"`{field_name}` is {str(names)[:200]}, expected a list of the names of modules, such as "
             "['mlp.down_proj']: a name is made of letters, digits, `_`, `-` and dots"
         )
+
+
+def _check_patterns(patterns: Any) -> None:
+    names = [patterns] if isinstance(patterns, str) else patterns or []
+    if isinstance(names, (list, tuple, set)) and len(names) <= _MOST_PATTERNS:
+        if all(isinstance(name, str) and len(name) <= 500 for name in names):
+            return
+    raise ValueError(
+        f"`layers_pattern` is {_cut(patterns)}, expected the name of the list of layers, such as 'layers', or a list of "
+        f"at most {_MOST_PATTERNS} names"
+    )
+
+
+def _cut(value: Any) -> str:
+    """A value for a message: one from the Hub may be of any length."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _has_only_pickle(repo: str, subfolder: str | None, kwargs: dict[str, Any]) -> bool:
+    pickled, safe = (f"{subfolder}/{name}" if subfolder else name for name in (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME))
+    try:
+        if not kwargs.get("local_files_only"):
+            asked = {name: kwargs.get(name) for name in ("repo_type", "revision", "token")}
+            return file_exists(repo, pickled, **asked) and not file_exists(repo, safe, **asked)
+    except Exception:  # whatever kept the Hub from answering: PEFT then takes what it has in the cache
+        pass
+    cached = {name: kwargs.get(name) for name in ("repo_type", "revision", "cache_dir")}
+    is_cached = [isinstance(try_to_load_from_cache(repo, name, **cached), str) for name in (pickled, safe)]
+    return is_cached == [True, False]
+
+
+def _refuse_pickle(source: str) -> None:
+    raise ValueError(
+        f"{source} has its weights in {WEIGHTS_NAME}, which is a pickle and can hold code, expected "
+        f"{SAFETENSORS_WEIGHTS_NAME}: ask its author for that file, or convert it with safetensors where you trust it"
+    )
 
 
 def _check_ranks(ranks: Any) -> None:

@@ -76,4 +76,5 @@ class LocFTEmbedding(LocFTLayer):
         """
         rows = self.locft_delta[adapter](x)
         scale = self._get_embed_scale()  # Gemma multiplies its embeddings by the root of their width
-        return rows if scale is None else rows * scale.to(rows.dtype)
+        # Rounded to the base weight's dtype as in the model itself, so that merging changes nothing.
+        return rows if scale is None else rows * scale.to(self.weight.dtype).to(rows.dtype)

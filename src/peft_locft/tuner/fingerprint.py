@@ -57,11 +57,12 @@ def check_base(config: LocFTConfig, model: nn.Module, layers: dict[str, LocFTLay
     if config.base_fingerprint is None:
         config.base_fingerprint = now or None
         return
-    differing = [name for name, print_ in now.items() if not _same(print_, config.base_fingerprint.get(name))]
+    before = config.base_fingerprint if isinstance(config.base_fingerprint, dict) else {}
+    differing = [name for name, print_ in now.items() if not _same(print_, before.get(name))]
     if not differing:
         return
     loaded = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    trained = config.base_model_name_or_path or "a model without a name"
+    trained = str(config.base_model_name_or_path or "a model without a name")[:200]
     message = (
         f"the adapter {adapter_name!r} was trained on {trained}, and the base model loaded here, {loaded}, has other "
         f"weights in {shown(differing, 3)}: its answers are not to be relied on. Load the base model that it was trained on"
@@ -106,7 +107,7 @@ def check_tokenizer(config: LocFTConfig, tokenizer: Any, remember: bool = False)
     if config.tokenizer_fingerprint in (None, now):
         return
     message = (
-        f"the adapter was trained with the tokenizer of {config.base_model_name_or_path}, and the tokenizer loaded here, "
+        f"the adapter was trained with the tokenizer of {str(config.base_model_name_or_path)[:200]}, and the tokenizer loaded here, "
         f"{tokenizer.name_or_path}, reads text in another way: use the one that it was trained with"
     )
     if config.strict:
@@ -136,7 +137,9 @@ def _same(now: dict[str, Any], before: Any) -> bool:
         if kinds <= _EXACT or len(kinds) == 1:
             return now["sha256"] == before["sha256"]
         mine, theirs = torch.tensor(now["sketch"]), torch.tensor(before["sketch"])
+        if mine.shape != theirs.shape:
+            return False
         tolerance = _TOLERANCE["rounded" if kinds <= {*_EXACT, "float16"} else "quantized"]
         return bool(torch.linalg.vector_norm(mine - theirs) <= tolerance * torch.linalg.vector_norm(theirs))
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
         return False  # a fingerprint that cannot be read, as in a config that somebody wrote by hand

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import LocFTConfig
-from .quantization import backend_of
+from .quantization import backend_of, check_quantizes_again, readable_weight, stored_as
 
 
 class LocFTLayer(nn.Module, BaseTunerLayer):
@@ -110,13 +110,26 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
                 The base layer's parameter.
 
         Returns:
-            `torch.Tensor` or `None`: `None` where the weight is not at hand: not loaded, partitioned, or in a quantised
-            form that cannot be read.
+            `torch.Tensor` or `None`: As it was before any merge. `None` where the weight is not at hand: not loaded,
+            partitioned, or in a quantised form that cannot be read or has been merged into.
         """
         if self.quantization_backend is not None:
-            return self.get_base_weight() if self.quantization_backend.supports_merge else None
-        weight = getattr(self.get_base_layer(), parameter).detach()
+            readable = self.quantization_backend.supports_merge and not self.merged
+            return self.get_base_weight() if readable else None
+        weight = (
+            getattr(self.get_base_layer(), parameter) if self._kept is None else self._kept[1][parameter]
+        ).detach()
         return None if weight.is_meta or weight.numel() == 0 else weight
+
+    def get_base_weight(self) -> torch.Tensor:
+        """Return the base layer's weight as it is now, as floating-point numbers.
+
+        Returns:
+            `torch.Tensor`: In the shape and orientation of the base layer's own weight.
+        """
+        if self.quantization_backend is not None:
+            return readable_weight(self.quantization_backend, self.get_base_layer())
+        return super().get_base_weight()
 
     def stored_as(self, parameter: str) -> str:
         """Return how a base weight is stored.
@@ -129,7 +142,7 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             `str`: Its dtype, such as `"bfloat16"`, or the name of its quantisation.
         """
         if self.quantization_backend is not None:
-            return self.quantization_backend.backend_name
+            return stored_as(self.quantization_backend, self.get_base_layer())
         return str(getattr(self.get_base_layer(), parameter).dtype).removeprefix("torch.")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -157,6 +170,26 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         for parameter, weight in merged.items():
             self._set_weight(parameter, weight)
         self.merged_adapters.extend(names)
+
+    def check_merge(self) -> None:
+        """Make sure that adapters can be merged into this layer.
+
+        Raises:
+            `TypeError`: If the base layer is quantised in a form that cannot be merged into.
+        """
+        if self.quantization_backend is None:
+            return
+        if not self.quantization_backend.supports_merge:
+            raise TypeError(
+                f"the base layer is a quantised {type(self.get_base_layer()).__name__}, expected floating-point "
+                "weights: load the base model without quantisation to merge, or leave the adapter unmerged"
+            )
+        if self.merged:
+            raise TypeError(
+                f"adapters {self.merged_adapters} are merged into quantised weights: unmerge them, and merge all "
+                "adapters at once"
+            )
+        check_quantizes_again(self.quantization_backend)
 
     def merged_weights(self, adapter_names: list[str], safe_merge: bool = False) -> dict[str, torch.Tensor]:
         """Return the base weights with deltas added, and change nothing.
@@ -194,7 +227,7 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base_layer, parameters, state = self._kept
+        base_layer, parameters, beside = self._kept
         if self.quantization_backend is None:
             for name, parameter in parameters.items():
                 # Where and as what the weight is now: the model may have been moved or cast while it was merged.
@@ -205,8 +238,8 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         else:
             self.base_layer = base_layer  # HQQ replaces the whole layer
             base_layer._parameters.update(parameters)
-            if state is not None:
-                base_layer.state = state
+            for holder, attributes in beside:
+                holder.__dict__.update(attributes)
         self._kept = None
         self.merged_adapters.clear()
 
@@ -215,22 +248,17 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
 
     def _keep(self) -> tuple:
         base_layer = self.get_base_layer()
-        # (layer, parameters, what bitsandbytes keeps beside an 8-bit weight)
         parameters = {name: value for name, value in base_layer._parameters.items() if value is not None}
-        return base_layer, parameters, copy.copy(getattr(base_layer, "state", None))
+        # bitsandbytes keeps scales beside its weights, and PEFT marks the old 4-bit weight as not quantised yet.
+        states = {name: value for name, value in vars(base_layer).items() if name in ("state", "quant_state")}
+        if "state" in states:
+            states["state"] = copy.copy(states["state"])  # changed in place by a merge
+        marks = [(p, {"bnb_quantized": True}) for p in parameters.values() if getattr(p, "bnb_quantized", False)]
+        return base_layer, parameters, [(base_layer, states), *marks]
 
     def _unmerged_weight(self, parameter: str) -> torch.Tensor:
         if self.quantization_backend is not None:
-            if not self.quantization_backend.supports_merge:
-                raise TypeError(
-                    f"the base layer is a quantised {type(self.get_base_layer()).__name__}, expected floating-point "
-                    "weights: load the base model without quantisation to merge, or leave the adapter unmerged"
-                )
-            if self.merged:
-                raise TypeError(
-                    f"adapters {self.merged_adapters} are merged into quantised weights: unmerge them, and merge all "
-                    "adapters at once"
-                )
+            self.check_merge()
             return self.get_base_weight().detach().clone()
         base_layer, parameters, _ = self._kept or self._keep()
         return parameters[parameter].detach()

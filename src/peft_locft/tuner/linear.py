@@ -51,6 +51,12 @@ class LocFTLinear(LocFTLayer):
         if rank is None:
             last = self.locft_delta[adapter_name] = nn.Linear(self.in_features, self.out_features, bias=False)
         else:
+            full = min(self.in_features, self.out_features)
+            if rank > full:  # of a faulty or hostile config: the factors could take all of the memory
+                raise ValueError(
+                    f"`rank_pattern` has the rank {str(rank)[:50]} for a weight of {self.out_features} x "
+                    f"{self.in_features}, expected at most {full}: mend the adapter's config"
+                )
             self.locft_A[adapter_name] = nn.Linear(self.in_features, rank, bias=False)
             last = self.locft_B[adapter_name] = nn.Linear(rank, self.out_features, bias=False)
         if zero:

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from .weights import Weight, in_layer, other_tower
 
 
+_LONGEST = 500  # characters
+
+
 def shown(items: Iterable, most: int = 12) -> str:
     """Return a list for a message, cut where it is long.
 
@@ -21,7 +24,10 @@ def shown(items: Iterable, most: int = 12) -> str:
         `str`: The list's text.
     """
     items = list(items)
-    return f"{items[:most]}" + (f" and {len(items) - most} more" if len(items) > most else "")
+    text = f"{items[:most]}"
+    # What comes from a config on the Hub may be of any length.
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def raise_unmatched(
@@ -60,11 +66,11 @@ def raise_unmatched(
         last = elsewhere[0].rpartition(".")[2]
         raise ValueError(
             f"{what} {shown(targets)} are only in {shown(elsewhere)}, and the language tower {language} is edited unless "
-            f"another is named: write '{last}.{targets[0]}' for that one"
+            f"another is named: write '{last}.{targets[0][:200]}' for that one"
         )
     endings = list(dict.fromkeys(in_layer(weight.name) for weight in weights))
     near: dict[str, None] = {}
-    for target in targets:
+    for target in targets[:12]:  # as many as are shown
         near.update(dict.fromkeys(difflib.get_close_matches(target, endings, n=3, cutoff=0.4)))
     linear = dict.fromkeys(in_layer(weight.name) for weight in weights if weight.kind != "embedding")
     raise ValueError(

@@ -124,10 +124,9 @@ class LocFTModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, LocFTLayer):
-            setattr(parent, child_name, new_module)  # its deltas are where the base weights are already
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        # Deltas are where the base weights are already, and what is unloaded is whole: PEFT's own would give it a
+        # `weight`, which fused experts do not have.
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -146,6 +145,12 @@ class LocFTModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        for name, layer in model.named_modules():
+            key = f"{name}.base_layer.weight"
+            if isinstance(layer, LocFTLayer) and layer.merged and layer.edited(adapter_name) and key in state_dict:
+                # PEFT saves an embedding's base weight beside its delta: without the delta, or loading would add it
+                # twice.
+                state_dict[key] = layer.base_weight_of(adapter_name, "weight")
         prefixes = {_WRAPPERS.sub("", prefix) for prefix in _get_tuner_state_dict_key_prefixes(model)}
         unwrapped = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
         return _filter_state_dict_by_key_prefixes(unwrapped, prefixes)
@@ -161,7 +166,7 @@ class LocFTModel(BaseTuner):
 
         Raises:
             `ValueError`: If `safe_merge` finds values that are not finite.
-            `TypeError`: If a base layer is quantised in a form that cannot be merged into.
+            `TypeError`: If a base layer is quantised in a form that cannot be merged into; nothing is changed then.
         """
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -178,12 +183,16 @@ class LocFTModel(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        if not safe_merge:
-            return
         for layer in self.model.modules():
+            if not isinstance(layer, LocFTLayer):
+                continue
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in names if layer.edited(name) and name not in layer.merged_adapters]
+            if not names:
+                continue
+            layer.check_merge()
             # What is offloaded is checked by the layer itself, once it is at hand.
-            if isinstance(layer, LocFTLayer) and not any(p.is_meta for p in layer.parameters()):
-                names = adapter_names or layer.active_adapters
+            if safe_merge and not any(p.is_meta for p in layer.parameters()):
                 layer.merged_weights([*layer.merged_adapters, *names], safe_merge=True)
 
     def add_weighted_adapter(
@@ -221,7 +230,11 @@ class LocFTModel(BaseTuner):
         """
         check_weighted_adapter(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
         self.peft_config[adapter_name] = combined_config(self, adapters)
-        self.inject_adapter(self.model, adapter_name)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
         for layer in self.model.modules():
             if isinstance(layer, LocFTLayer) and layer.edited(adapter_name):
                 combine(layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
@@ -239,13 +252,18 @@ class LocFTModel(BaseTuner):
         unknown = set(adapter_names) - set(self.peft_config) - {BASE}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        num_beams = kwargs.get("num_beams")
-        if isinstance(num_beams, int) and num_beams > 1:
-            # A beam search repeats each row.
-            adapter_names = [name for name in adapter_names for _ in range(num_beams)]
+        # A beam search repeats each row, and so does sampling that returns several sequences.
+        generation_config = kwargs.get("generation_config")
+        given = [
+            kwargs.get(name) or getattr(generation_config, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        adapter_names = [name for name in adapter_names for _ in range(max(given))]
 
         def pass_names(module: nn.Module, inputs: tuple, keywords: dict) -> tuple[tuple, dict]:
-            return inputs, {**keywords, "adapter_names": adapter_names}
+            # PEFT looks every name up, also that of an adapter without a full copy of this module.
+            known = module._adapters if isinstance(module, AuxiliaryTrainingWrapper) else adapter_names
+            return inputs, {**keywords, "adapter_names": [name if name in known else BASE for name in adapter_names]}
 
         handles = [
             module.register_forward_pre_hook(pass_names, with_kwargs=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,66 @@ def backend_of(layer: nn.Module, get_apply_tensor_subclass: Callable | None = No
     return resolve_quantization_backend(
         layer, get_apply_tensor_subclass=get_apply_tensor_subclass or _cannot_quantize_again
     )
+
+
+def readable_weight(backend: QuantizationBackend, layer: nn.Module) -> torch.Tensor:
+    """Return the weight of a quantised layer as floating-point numbers.
+
+    Args:
+        backend ([`~peft.utils.quantization_utils.QuantizationBackend`]):
+            How the layer is quantised.
+        layer (`torch.nn.Module`):
+            The layer.
+
+    Returns:
+        `torch.Tensor`: Of shape (out_features, in_features).
+    """
+    if not _is_reordered(backend, layer):
+        return backend.get_base_weight(layer)
+    # On a CPU with AVX512-BF16, the first forward pass of bitsandbytes puts the numbers into another order, which its
+    # dequantisation, and so PEFT, would read as other numbers. Its own way back leaves the scales where they are.
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+    state = copy.copy(layer.weight.quant_state)
+    state.original_nested = False  # the scales are not quantised any more
+    state.absmax = state.absmax.T.reshape(-1).to(torch.float32)
+    data, state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+    return dequantize_4bit(data, state)
+
+
+def check_quantizes_again(backend: QuantizationBackend) -> None:
+    """Make sure that a layer can be quantised again after a merge, before anything of it is changed.
+
+    Args:
+        backend ([`~peft.utils.quantization_utils.QuantizationBackend`]):
+            How the layer is quantised.
+
+    Raises:
+        `TypeError`: If it was quantised with torchao by hand.
+    """
+    if getattr(backend, "get_apply_tensor_subclass", None) is _cannot_quantize_again:
+        _cannot_quantize_again()
+
+
+def stored_as(backend: QuantizationBackend, layer: nn.Module) -> str:
+    """Return a name for how a quantised layer is stored: of the same name, the same weights are the same numbers.
+
+    Args:
+        backend ([`~peft.utils.quantization_utils.QuantizationBackend`]):
+            How the layer is quantised.
+        layer (`torch.nn.Module`):
+            The layer.
+
+    Returns:
+        `str`: For example `"bnb 4bit"`.
+    """
+    # With the order, bitsandbytes also rounds the scales to bfloat16.
+    return f"{backend.backend_name} in CPU order" if _is_reordered(backend, layer) else backend.backend_name
+
+
+def _is_reordered(backend: QuantizationBackend, layer: nn.Module) -> bool:
+    state = getattr(layer.weight, "quant_state", None) if backend.backend_name == "bnb 4bit" else None
+    return getattr(state, "packing_format_for_cpu", False)
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from .layer import LocFTLayer
@@ -60,9 +61,9 @@ def merge_report(
         names = [adapter for adapter in adapter_names or layer.active_adapters if layer.edited(adapter)]
         for parameter in dict.fromkeys(p for adapter in names for p in layer.edited(adapter)):
             wanted = sum(layer.get_delta_weight(adapter, parameter).to(torch.float32) for adapter in names)
-            costs[f"{name.removeprefix('base_model.model.')}.{parameter}"] = _cost(
-                wanted, _difference(layer, names, parameter, dtype)
-            )
+            with onload_layer(layer):
+                difference = _difference(layer, names, parameter, dtype)
+            costs[f"{name.removeprefix('base_model.model.')}.{parameter}"] = _cost(wanted, difference)
     if not costs:
         raise ValueError(f"there is nothing to merge: no layer has any of the adapters {adapter_names or 'active'}")
     return costs

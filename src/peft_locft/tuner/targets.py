@@ -16,7 +16,9 @@ from .messages import raise_layers_out_of_range, raise_missing_layers, raise_unm
 from .weights import (
     Weight,
     find_weights,
+    fused_experts,
     in_layer,
+    is_linear,
     language_tower,
     layer_index,
     layer_list,
@@ -39,16 +41,18 @@ DOWN_PROJECTIONS = (
     "mlp.shared_experts.down_proj",  # DeepSeek
     "shared_mlp.output_linear",  # GraniteMoeShared
     "mlp.experts.down_proj",  # Mixtral, Qwen3-MoE, gpt-oss: all experts
+    "block_sparse_moe.experts.down_proj",  # GraniteMoe
     "feed_forward.experts.down_proj",  # Jamba
 )
 # LocFT-BF, section 4.2: the groups of modules that the paper's search goes through, beside single projections.
 _GROUPS = {
     "layer": re.compile(""),
     "attention": re.compile(r"attn|attention", re.I),
-    "mlp": re.compile(r"mlp|feed_forward|ffn|moe|expert|^fc\d", re.I),
+    # Not behind "attention": JetMoE's attention has experts too.
+    "mlp": re.compile(r"^(?:(?!attn|attention).)*?(?:mlp|feed_forward|ffn|moe|expert)|^fc\d", re.I),
 }
 EDITABLE = "a `torch.nn.Linear`, a `transformers.pytorch_utils.Conv1D`, a `torch.nn.Embedding`, or fused experts"
-_ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose experts and hold no facts
+_ROUTERS = {"gate", "router", "shared_expert_gate"}  # they choose experts and hold no facts
 
 
 class _Found(NamedTuple):
@@ -186,7 +190,7 @@ def _find(
     if rest in _GROUPS:
         return [_Found(w) for w in weights if _is_in_group(rest, w, layers_pattern)]
     named = [_Found(w) for w in weights if _is_end(rest, w.name)]
-    return named or [*_experts(rest, weights)] or [_Found(w) for w in weights if _is_part(rest, w)]
+    return named or [*_experts(rest, weights, field)] or [_Found(w) for w in weights if _is_part(rest, w)]
 
 
 def _is_end(spec: str, name: str) -> bool:
@@ -202,22 +206,23 @@ def _is_in_group(group: str, weight: Weight, layers_pattern: str | list[str] | N
     if weight.kind == "embedding" or layer_index(weight.name, layers_pattern) is None:
         return False
     part = in_layer(weight.name)
-    return part.rpartition(".")[2] not in _ROUTERS and bool(_GROUPS[group].search(part))
+    # A router may be a module of its own, as JetMoE's `mlp.router.layer`.
+    return _ROUTERS.isdisjoint(part.split(".")) and bool(_GROUPS[group].search(part))
 
 
-def _experts(spec: str, weights: list[Weight]) -> Iterator[_Found]:
-    """One expert of fused weights, called as in a list of modules: `mlp.experts.3.down_proj`."""
+def _experts(spec: str, weights: list[Weight], field: str) -> Iterator[_Found]:
+    """One expert of fused weights, called as in a list of modules: `mlp.experts.3.down_proj`, or `mlp.experts.3`."""
     for match in re.finditer(r"(?:^|\.)(-?\d+)(?=\.|$)", spec):
         before, after = spec[: match.start()], spec[match.end() :].removeprefix(".")
         number = int(match[1])
         for weight in weights:
             if weight.num_experts is None or not before or not _is_end(before, weight.module):
                 continue
-            if after != ("" if weight.parameter == "weight" else weight.parameter):
+            if after and (after != weight.parameter or weight.parameter == "weight"):
                 continue
             if not -weight.num_experts <= number < weight.num_experts:
                 raise ValueError(
-                    f"`target_modules` has {spec!r}, but {weight.name} has the {weight.num_experts} experts 0 to "
+                    f"`{field}` has {spec!r}, but {weight.name} has the {weight.num_experts} experts 0 to "
                     f"{weight.num_experts - 1} (or -{weight.num_experts} to -1 from the last)"
                 )
             yield _Found(weight, number % weight.num_experts)
@@ -261,7 +266,7 @@ def _resolve_layers(config: LocFTConfig, model: nn.Module, weights: list[Weight]
     names = [weight.name for weight in weights]
     present = {layer_index(name, config.layers_pattern) for name in names} - {None}
     if not present:
-        pattern = f", which is {config.layers_pattern!r}" if config.layers_pattern else ""
+        pattern = f", which is {repr(config.layers_pattern)[:200]}" if config.layers_pattern else ""
         raise ValueError(
             f"`layers` is {shown(config.layers)}, but {type(model).__name__} has no numbered layers: leave `layers` "
             f"out, or name their list in `layers_pattern`{pattern}"
@@ -309,7 +314,11 @@ def _targets(found: Iterable[_Found]) -> dict[str, dict[str, tuple[int, ...] | N
 
 def _check_kinds(unmatched: list[str], model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if any(_is_end(spec, name) for spec in unmatched) and not next(module.children(), None):
+        # What is of a kind that can be edited is in another tower, or a copy that an adapter saves.
+        editable = isinstance(module, nn.Embedding) or is_linear(module) or fused_experts(module)
+        if editable or next(module.children(), None) is not None:
+            continue
+        if any(_is_end(spec, name) for spec in unmatched):
             raise TypeError(
                 f"the target module {name!r} is a {type(module).__name__}, expected {EDITABLE}: name other "
                 "`target_modules`"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -69,6 +70,9 @@ def find_weights(model: nn.Module) -> list[Weight]:
     wrapped = None
     for name, module in model.named_modules():
         if not name or (wrapped and name.startswith(wrapped)):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrapped = f"{name}."  # what an adapter trains as a full copy is no place for the delta of another one
             continue
         if isinstance(module, BaseTunerLayer):
             wrapped = f"{name}."  # what an adapter wraps and adds goes by the name of the module it adapts

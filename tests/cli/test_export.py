@@ -121,7 +121,9 @@ NO_RANK = "expected a positive integer, or a share of energy such as 0.95"
         *((["--rank", rank], f"`--rank` is {rank!r}, {NO_RANK}") for rank in ("0", "-1", "1.5", "nan", "inf", "0.0")),
     ],
 )
-def test_faulty_options_are_refused_before_anything_is_loaded(options, message, command, edited, tmp_path, monkeypatch):
+def test_faulty_options_are_refused_before_anything_is_loaded(
+    options, message, command, edited, tmp_path, monkeypatch
+):
     monkeypatch.setattr("peft_locft.cli.export.load_adapter", None)
     done = command("export", "--adapter", edited.folder, "--output", "out", *options)
     assert done == (2, "", f"locft export: error: {message}\n")

@@ -234,9 +234,7 @@ def test_pefts_own_conversion_knows_adapters_on_different_layers(make, make_mode
 def test_a_rank_that_cannot_be(save, rank, make, tmp_path):
     with pytest.raises(ValueError) as raised:
         save(make(), tmp_path / "out", rank=rank)
-    assert str(raised.value) == (
-        f"`rank` is {rank!r}, expected a positive integer, or a share of energy such as 0.95"
-    )
+    assert str(raised.value) == (f"`rank` is {rank!r}, expected a positive integer, or a share of energy such as 0.95")
     assert not (tmp_path / "out").exists()
 
 
@@ -244,9 +242,7 @@ def test_a_rank_that_cannot_be(save, rank, make, tmp_path):
 def test_other_arguments_that_cannot_be(save, make, tmp_path):
     with pytest.raises(ValueError) as raised:
         save(make(), tmp_path / "out", rank=4, adapter_name="b")
-    assert str(raised.value) == (
-        "the model has no LocFT adapter 'b': its adapters are {'default': 'LocFTConfig'}"
-    )
+    assert str(raised.value) == ("the model has no LocFT adapter 'b': its adapters are {'default': 'LocFTConfig'}")
     with pytest.raises(ValueError) as raised:
         save(make(), tmp_path / "out", rank=4, dtype=torch.int8)
     assert str(raised.value) == (

@@ -324,7 +324,9 @@ def bases(make_base, copied, tmp_path):
     return str(tmp_path / "adapter"), own, {"other": other, "words": words}
 
 
-@pytest.mark.parametrize(("which", "said"), [("other", "has other weights in"), ("words", "reads text in another way")])
+@pytest.mark.parametrize(
+    ("which", "said"), [("other", "has other weights in"), ("words", "reads text in another way")]
+)
 def test_load_adapter_compares_model_and_tokenizer(which, said, bases):
     adapter, own, others = bases
     assert warned(lambda: load_adapter(adapter, strict=True)) == []

@@ -171,3 +171,10 @@ def test_number_of_layers_is_that_of_the_text_model(make_model):
     assert num_layers(config) == 5
     assert num_layers(make_model("gpt2").config) == 3
     assert num_layers(None) is num_layers({"num_hidden_layers": 3}) is None
+
+
+def test_a_misspelt_excluded_module_is_refused(refused):
+    assert refused(target_modules=["mlp"], exclude_modules=["mlp.up_proj", "mlp.down_prj"]) == (
+        "`exclude_modules` ['mlp.down_prj'] not found in the base model: the nearest names are ['mlp.down_proj', "
+        "'mlp.up_proj', 'mlp.gate_proj']"
+    )

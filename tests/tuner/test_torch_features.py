@@ -162,7 +162,10 @@ def test_an_offloaded_base_merges_the_same(how, saved, make_model, tmp_path):
     model = PeftModel.from_pretrained(offload(make_model(), how, tmp_path / "offload"), folder).eval()
     model.merge_adapter(safe_merge=True)
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
-    assert layer_of(model).base_layer.weight.is_meta and layer_of(model).merged
+    # PEFT dispatches a model with a device map again, and on a machine without a GPU into memory.
+    assert layer_of(model).merged and layer_of(model).base_layer.weight.is_meta == (how != "dispatch")
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_report_of_an_offloaded_base_equals_that_of_one_in_memory(saved, make_model):

@@ -16,7 +16,8 @@ from peft_locft import LocFTConfig, load_adapter, save_as_lora
 from peft_locft.tuner import LocFTLinear
 
 
-BOMB = r"(\w+\.?)+!"  # takes exponentially long on names that it does not match
+# Takes far too long on names that it does not match, even for an engine that sees through the classic `(a+)+$`.
+BOMB = "(.*)" * 9 + "".join(rf"\{i}" for i in range(1, 10)) + "[A-Z]"
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_an_expression_that_would_hang(field, load_refused):
     )
 
 
-def test_the_classic_hanging_expression_matches_nothing_in_time(load_refused):
+def test_the_classic_expression_that_would_hang_matches_nothing_in_time(load_refused):
     message = load_refused(layers_to_transform=None, target_modules="(a+)+$")
     assert message.startswith("Target modules ['(a+)+$'] not found in the base model")
 
@@ -112,18 +113,19 @@ def test_an_expression_that_is_none_or_is_huge(field, load_refused):
     )
 
 
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
-@pytest.mark.parametrize("expression", ["x" * 9999, "(" * 5000 + ")" * 5000, "x{1000000000}", "((x{9999}){9999}){9999}"])
-def test_an_expression_that_is_hard_to_compile(field, expression, forge, make_model):
-    forged = forge(**{"layers_to_transform": None, "target_modules": "all-linear", field: expression})
-    start = time.monotonic()
-    try:
-        PeftModel.from_pretrained(make_model(), forged)
-    except ValueError as error:
-        assert len(str(error)) < 1500
-    else:
-        assert field == "exclude_modules"  # where it may match nothing
-    assert time.monotonic() - start < 12
+HARD = {
+    "(" * 4000 + ")" * 4000: "which is nested too deeply: mend it, or give a list of names",
+    "x{1000000000}": "whose repetitions in braces are more than 1000000, multiplied: use smaller ones, or give a list of names",
+    "((x{9999}){99}){99}": "whose repetitions in braces are more than 1000000, multiplied: use smaller ones, or give a list of names",
+    "(a|(?R))*": "which refers to itself: write it without, or give a list of names",
+}
+
+
+@pytest.mark.parametrize("expression", HARD, ids=lambda expression: expression[:20])
+def test_an_expression_that_is_hard_to_compile(expression, load_refused):
+    message = load_refused(layers_to_transform=None, target_modules="all-linear", exclude_modules=expression)
+    shown = f"{expression[:200]!r}..." if len(expression) > 200 else repr(expression)
+    assert message == f"`exclude_modules` is the regular expression {shown}, {HARD[expression]}"
 
 
 def test_a_long_expression_with_layers(load_refused):
@@ -148,20 +150,15 @@ def test_an_expression_beside_the_right_layers_pattern_never_runs(forge, make_mo
     assert time.monotonic() - start < 10
 
 
-def test_an_expression_of_target_modules_never_runs_in_pythons_own_engine(forge, make_model, tmp_path):
-    # Here a third party's engine finds out at once that no name ends in "!"; Python's own does not.
+def test_an_expression_of_target_modules_becomes_full_names_in_a_lora(forge, make_model, tmp_path):
+    # Python's own engine, which PEFT uses for a LoRA, has no timeout.
     expression = r"model\.layers\.1\.mlp\.down_proj|(\w*\w*\.?)*!x"
-    try:
-        model = PeftModel.from_pretrained(make_model(), forge(layers_to_transform=None, target_modules=expression))
-    except ValueError as error:
-        assert "takes longer than 5 s" in str(error)
-        return
+    model = PeftModel.from_pretrained(make_model(), forge(layers_to_transform=None, target_modules=expression))
     start = time.monotonic()
     save_as_lora(model, tmp_path / "lora", rank=2)
     assert time.monotonic() - start < 10
-    assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["target_modules"] == [
-        "model.layers.1.mlp.down_proj"
-    ]
+    saved = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert saved["target_modules"] == ["model.layers.1.mlp.down_proj"]
 
 
 @pytest.mark.parametrize("field", ["modules_to_save", "target_modules", "exclude_modules"])
@@ -248,7 +245,7 @@ def test_a_long_name_of_the_base_is_cut_in_the_warning(forge, make_model):
     assert f"trained on {'x' * 200}, and" in str(raised.value) and len(str(raised.value)) < 1500
 
 
-def test_a_card_that_is_no_text_is_named_or_left_out(folder, make_model):
+def test_a_card_that_is_no_text_does_not_keep_an_adapter_from_loading(folder, make_model):
     (folder / "README.md").write_bytes(b"\xff\xfe\x00")
     PeftModel.from_pretrained(make_model(), folder)
 

@@ -237,7 +237,7 @@ class LocFTConfig(PeftConfig):
                 _refuse_pickle(str(source))
             # At once, because the folder may be gone by the time the adapter is saved.
             files = [source / name for name in COMPANION_FILES]
-            config.set_companions({path.name: path.read_text(encoding="utf-8") for path in files if path.is_file()})
+            config.set_companions({path.name: _text(path) for path in files if path.is_file()})
         else:
             # The companions are fetched only when they are needed, on saving: most loads never save.
             # The token is not kept: the config is pickled and copied with the model.
@@ -255,12 +255,17 @@ class LocFTConfig(PeftConfig):
         for name in COMPANION_FILES:
             try:
                 path = hf_hub_download(source, name, subfolder=subfolder, **kwargs)
-                files[name] = Path(path).read_text(encoding="utf-8")
+                files[name] = _text(Path(path))
             except LocalEntryNotFoundError:
                 raise  # the Hub cannot be reached: to go on would lose the ledger in silence
             except EntryNotFoundError:
                 continue  # a repository that was made by other means has no ledger
         return files
+
+
+def _text(path: Path) -> str:
+    # A card that is no UTF-8 must not keep an adapter from loading.
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _check_names(names: Any, field_name: str) -> None:

@@ -76,11 +76,11 @@ def resolve_targets(config: LocFTConfig, model: nn.Module) -> dict[str, dict[str
     Raises:
         `ValueError`: If no default is known, or if a layer, a module or an expert matches nothing.
     """
-    _check_modules_to_save(config, model)
     if config.target_modules == DUMMY_TARGET_MODULES:
         return {}
     weights = find_weights(model)
     language = language_tower(model)
+    _check_left_out(config, model, weights, language)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         config.target_modules = _all_linear(model, weights, language)
     if config.target_modules is None:
@@ -325,10 +325,21 @@ def _check_kinds(unmatched: list[str], model: nn.Module) -> None:
             )
 
 
-def _check_modules_to_save(config: LocFTConfig, model: nn.Module) -> None:
+def _check_left_out(config: LocFTConfig, model: nn.Module, weights: list[Weight], language: str | None) -> None:
+    """Refuse names of `modules_to_save` and `exclude_modules` that nothing in the model has."""
     names = [name for name, _ in model.named_modules() if name]
+    everything = [Weight(name, "linear") for name in names]
     # PEFT itself adds heads of classifiers, of which a model has one.
     asked = [module for module in config.modules_to_save or () if module not in SEQ_CLS_HEAD_NAMES]
     missing = [module for module in asked if not any(_is_end(module, name) for name in names)]
     if missing:
-        raise_unmatched(missing, [Weight(name, "linear") for name in names], None, what="`modules_to_save`")
+        raise_unmatched(missing, everything, None, what="`modules_to_save`")
+    if config.exclude_modules and not isinstance(config.exclude_modules, str):
+        missing = [
+            spec
+            for spec in sorted(config.exclude_modules)
+            if not any(f".{spec}." in f".{name}." for name in names)
+            and not _find(spec, weights, language, config.layers_pattern, False, field="exclude_modules")
+        ]
+        if missing:
+            raise_unmatched(missing, everything, None, what="`exclude_modules`")

@@ -305,8 +305,8 @@ def test_several_full_copies_of_a_module_are_refused(pair):
     with pytest.raises(ValueError) as raised:
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "new")
     assert str(raised.value) == (
-        "several of ['default', 'other'] hold full copies of the same module (`modules_to_save`, 1 modules), which "
-        "cannot be combined: train them without"
+        "adapters ['default', 'other'] hold full copies of modules (`modules_to_save`), which are no differences that could "
+        "be combined: train them without"
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import time
-import tracemalloc
 
 import huggingface_hub
 import peft.config
@@ -202,12 +201,8 @@ def test_a_field_of_a_wrong_type_is_named(field, value, load_refused):
 
 
 @pytest.mark.parametrize("rank", [65, 10**7, 10**12, 10**4000])
-def test_a_huge_rank_takes_no_memory(rank, load_refused):
-    tracemalloc.start()
-    try:
-        message = load_refused(rank_pattern={"model.layers.1.mlp.down_proj": rank})
-    finally:
-        tracemalloc.stop()
+def test_a_rank_beyond_the_weights_shape_is_refused_before_anything_is_allocated(rank, load_refused):
+    message = load_refused(rank_pattern={"model.layers.1.mlp.down_proj": rank})
     assert message == (
         f"`rank_pattern` has the rank {str(rank)[:50]} for a weight of 64 x 128, expected at most 64: mend the adapter's "
         "config"

@@ -74,11 +74,11 @@ def check_weighted_adapter(
     if majority_sign_method not in _SIGN_METHODS:
         raise ValueError(f"`majority_sign_method` is {majority_sign_method!r}, expected one of {list(_SIGN_METHODS)}")
     copies = [module for module in tuner.modules() if isinstance(module, ModulesToSaveWrapper)]
-    shared = sum(sum(name in module.modules_to_save for name in adapters) > 1 for module in copies)
-    if shared:
+    holding = sorted({name for module in copies for name in adapters if name in module.modules_to_save})
+    if holding:
         raise ValueError(
-            f"several of {adapters} hold full copies of the same module (`modules_to_save`, {shared} modules), which "
-            "cannot be combined: train them without"
+            f"adapters {holding} hold full copies of modules (`modules_to_save`), which are no differences that could be "
+            "combined: train them without"
         )
 
 

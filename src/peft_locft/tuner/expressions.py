@@ -32,7 +32,8 @@ def match_names(expression: str, names: Iterable[str], field: str) -> list[str]:
         `list[str]`: The matching names.
 
     Raises:
-        `ValueError`: If it is no expression, is longer than 10,000 characters, is nested or repeats too much, or takes longer than 5 seconds.
+        `ValueError`: If it is no expression, is longer than 10,000 characters, is nested or repeats too much, or takes
+            longer than 5 seconds.
     """
     shown = f"`{field}` is the regular expression {expression[:200]!r}{'...' if len(expression) > 200 else ''}"
     if len(expression) > _LONGEST:

@@ -27,7 +27,7 @@ from .experts import LocFTExperts
 from .fingerprint import check_base
 from .layer import LocFTLayer
 from .linear import BASE, LocFTLinear
-from .targets import EDITABLE, excluded_modules, resolve_targets
+from .targets import EDITABLE, excluded_modules, expanded_expression, resolve_targets
 from .weights import fused_experts, is_linear
 
 
@@ -64,6 +64,8 @@ class LocFTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        # PEFT would run an expression in Python's own engine, on injecting and on saving, which has no timeout.
+        config.target_modules = expanded_expression(config, self.model if model is None else model)
         named = config.target_modules
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if named is not None and not isinstance(named, str):
@@ -221,7 +223,7 @@ class LocFTModel(BaseTuner):
                 ([arXiv 2306.01708](https://arxiv.org/abs/2306.01708)), `"dare_linear"`, `"dare_ties"`
                 ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099)) or `"magnitude_prune"`.
             density (`float`, *optional*):
-                The share of values to keep, between 0 and 1, for all types but `"linear"`.
+                The share of values to keep, above 0 and at most 1, for all types but `"linear"`.
             majority_sign_method (`str`, *optional*, defaults to `"total"`):
                 How TIES elects a sign: `"total"` or `"frequency"`.
 

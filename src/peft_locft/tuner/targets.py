@@ -108,6 +108,34 @@ def resolve_targets(config: LocFTConfig, model: nn.Module) -> dict[str, dict[str
     return _targets(one for found in by_spec.values() for one in _single(found) if one not in excluded)
 
 
+def expanded_expression(config: LocFTConfig, model: nn.Module) -> set[str] | str | None:
+    """Return a config's `target_modules`, with the full names that match in the place of a regular expression.
+
+    Args:
+        config ([`LocFTConfig`]):
+            The config.
+        model (`torch.nn.Module`):
+            The model to be adapted.
+
+    Returns:
+        `set[str]`, `str` or `None`: The names; what is no regular expression is returned as it is.
+
+    Raises:
+        `ValueError`: If the expression is faulty, takes too long, or matches nothing.
+    """
+    modules = config.target_modules
+    if not isinstance(modules, str) or modules == DUMMY_TARGET_MODULES:
+        return modules
+    if modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return modules
+    weights, language = find_weights(model), language_tower(model)
+    found = _expression(modules, weights, language, "target_modules")
+    if not found:
+        _check_kinds([modules], model)
+        raise_unmatched([modules], weights, language, is_expression=True)
+    return {weight.name if expert is None else weight.expert_name(expert) for weight, expert in found}
+
+
 def default_module(
     model: nn.Module, layers: list[int] | None = None, layers_pattern: str | Iterable[str] | None = None
 ) -> str:

@@ -227,7 +227,9 @@ def _factors(
     if largest is not None and count * sum(delta.shape) >= largest:
         return None
     root = s[:count].sqrt()  # shared out evenly, so that neither factor is rounded more than the other
-    return (root[:, None] * v[:count]).contiguous(), (u[:, :count] * root).contiguous()
+    # Two factors of zero would have no gradients: where there is nothing to share out, one of them stays as it is.
+    down = torch.where(root > 0, root, 1.0)[:, None] * v[:count]
+    return down.contiguous(), (u[:, :count] * root).contiguous()
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

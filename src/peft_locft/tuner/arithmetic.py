@@ -96,8 +96,7 @@ def combined_config(tuner: LocFTModel, adapters: list[str]) -> LocFTConfig:
     """
     configs = [tuner.peft_config[name] for name in adapters]
     config = copy.deepcopy(configs[0])
-    config.set_companions({})  # the ledgers are about the others
-    config.base_fingerprint, config.rank_pattern = None, {}
+    config.renew()  # the ledgers are about the others
     if any((c.targets, c.layers) != (config.targets, config.layers) for c in configs):
         names: set[str] = set()
         for module, layer in tuner.model.named_modules():

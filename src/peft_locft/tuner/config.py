@@ -157,6 +157,7 @@ class LocFTConfig(PeftConfig):
         # What the config means in the model that it was last put into: see `resolve_targets`.
         self._targets: dict[str, dict[str, tuple[int, ...] | None]] = {}
         self._excluded: set[str] = set()
+        self._is_loaded = False
         self._companions: dict[str, str] | None = None
         self._origin: tuple[str, str | None, dict] | None = None
 
@@ -189,6 +190,17 @@ class LocFTConfig(PeftConfig):
                 The modules that are left out.
         """
         self._targets, self._excluded = targets, excluded
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the adapter is made here, and not loaded (`bool`)."""
+        return not self._is_loaded and not self.inference_mode
+
+    def renew(self) -> None:
+        """Make the config that of a new adapter: without files, fingerprint and ranks of the one that it was made from."""
+        self._is_loaded = self.inference_mode = False
+        self.base_fingerprint, self.rank_pattern = None, {}
+        self.set_companions({})
 
     def excludes(self, module: str) -> bool:
         """Whether `exclude_modules` or `modules_to_save` takes something of a module out.
@@ -231,6 +243,7 @@ class LocFTConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if kwargs.get("strict") is not None:
             config.strict = kwargs["strict"]  # PEFT lets the file win over the caller
+        config._is_loaded = True
         source = Path(pretrained_model_name_or_path, subfolder or "")
         if source.is_dir():
             if (source / WEIGHTS_NAME).exists() and not (source / SAFETENSORS_WEIGHTS_NAME).exists():

@@ -55,7 +55,8 @@ def check_base(config: LocFTConfig, model: nn.Module, layers: dict[str, LocFTLay
             if weight is not None:
                 now[f"{name}.{parameter}"] = _weight_fingerprint(weight, layer.stored_as(parameter))
     if config.base_fingerprint is None:
-        config.base_fingerprint = now or None
+        if config.is_new:  # what an adapter that is loaded was trained on, nobody knows any more
+            config.base_fingerprint = now or None
         return
     before = config.base_fingerprint if isinstance(config.base_fingerprint, dict) else {}
     differing = [name for name, print_ in now.items() if not _same(print_, before.get(name))]

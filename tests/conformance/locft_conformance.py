@@ -20,6 +20,8 @@ from peft_locft import LocFTConfig
 
 # (the test, the reason): what PEFT tests for all its methods or for LoRA and what cannot be asked of LocFT.
 NOT_APPLICABLE = {
+    "test_save_pretrained_pickle": "saves a pickle and loads it; LocFT refuses pickles, which can run code",
+    "test_save_pretrained_selected_adapters_pickle": "saves a pickle and loads it; LocFT refuses pickles",
     "test_mixed_adapter_batches_lora_opt_timing": "needs an accelerator and a model from the Hub, and asserts times",
     "test_mixed_adapter_batches_lora_conv2d": "image convolutions are no weights of a decoder",
     "test_mixed_adapter_batches_mha_raises": "`torch.nn.MultiheadAttention` is no layer of a decoder",
@@ -29,6 +31,16 @@ NOT_APPLICABLE = {
     "test_lora_conversion[GPT2]": "a random dense delta of width 16 is no matrix of rank 8: half of it is lost, and the "
     "test's bound is one half. Trained deltas: see the table of sizes in the documentation",
 }
+
+
+# PEFT names the methods that a test is for in the test itself: (part of the test's name, the method that LocFT takes the
+# place of in `testing_common` for it).
+STANDS_FOR = (
+    ("mixed_adapter_batches_and_beam_search", "LoraConfig"),
+    ("mixed_adapter_batches", "RoadConfig"),
+    ("weighted_combination_of_adapters", "IA3Config"),
+    ("GPT2", "LoHaConfig"),
+)
 
 
 def _stub(name: str, **content: object) -> None:
@@ -118,6 +130,11 @@ def _like_lora(value: object) -> object:
 @pytest.fixture(autouse=True)
 def _locft_for_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the tests of `requires_grad`, LoRA's name stands for LocFT, and its two matrices for the one delta."""
+    stands_for = next((method for part, method in STANDS_FOR if part in request.node.name), None)
+    if stands_for and request.module.__name__.endswith("test_decoder_models"):
+        from tests import testing_common
+
+        monkeypatch.setattr(testing_common, stands_for, LocFTConfig)
     if _is_requires_grad_test(request.node):
         monkeypatch.setattr(request.module, "LoraConfig", _locft_config)
         check = request.cls.check_requires_grad

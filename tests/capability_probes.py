@@ -1,4 +1,4 @@
-"""Does a PEFT method do a thing? One probe for each column of the table in docs/guide/capabilities.md.
+"""Does a PEFT method do a thing? One probe for each row of the table in docs/guide/capabilities.md.
 
 A probe builds a tiny model, does the thing, and checks its effect; an error of the kind that says "not supported" is a no.
 """

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_locft import evaluate_edits, load_adapter, load_edits
+from peft_locft import LocFTConfig, evaluate_edits, load_adapter, load_edits
+from peft_locft.cli.export import _merge
 
 
 def cells(out: str, word: str) -> list[str]:
@@ -140,3 +141,14 @@ def test_an_output_that_holds_something_is_left_alone(command, edited, tmp_path)
     done = command("export", *arguments, "--output", "out")
     assert done == (2, "", "locft export: error: the output folder out is not empty: choose a new one\n")
     assert (tmp_path / "out/model.safetensors").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+def test_merging_into_another_dtype_rounds_once(make_model, tokenizer, tmp_path):
+    # Merged in the base model's bfloat16 first, most of a delta this small would be gone.
+    model = get_peft_model(make_model().to(torch.bfloat16), LocFTConfig(layers=[1])).eval()
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    layer.locft_delta["default"].weight.data.fill_(1e-4)
+    expected = layer.weight.detach().float() + 1e-4
+    merged, said = _merge(model, tokenizer, str(tmp_path / "merged"), torch.float32)
+    assert torch.equal(merged.model.layers[1].mlp.down_proj.weight.data, expected)
+    assert "keeps 100.00% of the delta's energy" in said

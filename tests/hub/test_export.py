@@ -264,3 +264,13 @@ def test_a_config_without_anything_to_transform_is_saved_readably(make, tmp_path
     save_as_lora(make(), tmp_path, rank=2)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["peft_type"], saved["r"], saved["lora_alpha"], saved["task_type"]) == ("LORA", 2, 2, "CAUSAL_LM")
+
+
+def test_full_copies_of_modules_are_cast_too_and_alone_are_no_lora(make_model, tmp_path):
+    model = get_peft_model(
+        make_model(), LocFTConfig(layers=[1], target_modules=["mlp.down_proj"], modules_to_save=["lm_head"])
+    )
+    for save, settings in ((save_compressed, {}), (save_as_lora, {"rank": 4})):
+        save(model, tmp_path / save.__name__, dtype=torch.bfloat16, **settings)
+        state = load_file(tmp_path / save.__name__ / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}

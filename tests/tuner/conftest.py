@@ -19,8 +19,8 @@ def adapt():
     """Put an adapter into a model; return the modules' names and the config as it is then."""
 
     def adapt(model, **settings):
-        config = LocFTConfig(**settings)
-        return get_peft_model(model, config).targeted_module_names, config
+        adapted = get_peft_model(model, LocFTConfig(**settings))
+        return adapted.targeted_module_names, adapted.peft_config["default"]
 
     return adapt
 

@@ -75,15 +75,15 @@ def test_a_method_of_this_name_from_elsewhere_is_not_overwritten():
     assert PEFT_TYPE_TO_TUNER_MAPPING["LOCFT"] is LocFTModel
 
 
-@pytest.mark.parametrize("version", ["0.9.0", "0.20.9", "0.21.0.dev0"])
+@pytest.mark.parametrize("version", ["0.9.0", "0.20.9", "0.21.1", "0.21.2.dev0"])
 def test_too_old_peft_is_refused(version, monkeypatch):
     monkeypatch.setattr(peft, "__version__", version)
     with pytest.raises(ImportError) as raised:
         register_locft(LocFTConfig, LocFTModel)
-    assert str(raised.value) == (f"peft {version} is installed, expected 0.21.0 or later: run `pip install -U peft`")
+    assert str(raised.value) == (f"peft {version} is installed, expected 0.21.2 or later: run `pip install -U peft`")
 
 
-@pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "0.100.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.21.2", "0.22.0", "0.100.0", "1.0.0"])
 def test_new_enough_peft_is_accepted(version, monkeypatch):
     monkeypatch.setattr(peft, "__version__", version)
     register_locft(LocFTConfig, LocFTModel)
@@ -100,7 +100,7 @@ def test_too_old_peft_is_named_before_the_names_it_does_not_have(python):
         "except ImportError as error:\n"
         "    print(error)\n"
     )
-    assert said == "peft 0.18.0 is installed, expected 0.21.0 or later: run `pip install -U peft`"
+    assert said == "peft 0.18.0 is installed, expected 0.21.2 or later: run `pip install -U peft`"
 
 
 def test_importing_in_a_fresh_process_registers_once(python):

@@ -128,6 +128,8 @@ def _save(
 def _merge(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: str, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, str]:
+    if dtype is not None and dtype != model.dtype:
+        model = model.float()  # or the sum would be rounded to the base model's dtype first
     costs = merge_report(model, dtype=dtype)
     merged = model.merge_and_unload(safe_merge=True)
     merged = merged if dtype is None else merged.to(dtype)

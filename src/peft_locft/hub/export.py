@@ -79,14 +79,14 @@ def save_compressed(
     """
     config = _locft_config(model, adapter_name)
     _check(rank, dtype)
-    state, report = {}, _Kept()
+    state, report = {}, _Energies()
     small = copy.deepcopy(config)
     dense = _state(model, adapter_name)
     for key, tensor in dense.items():
         stem, _, kind = key.partition(".locft_")
         name = stem.removeprefix(_PREFIX)
         if not kind:
-            state[key] = tensor  # a full copy of `modules_to_save`
+            state[key] = _cast(tensor, dtype)  # a full copy of `modules_to_save`
         elif kind == "A.weight" or _is_linear_delta(model, key):
             # A delta that is compressed already has two matrices, of which the first stands for both.
             factors = (tensor, dense[f"{stem}.locft_B.weight"]) if kind == "A.weight" else None
@@ -150,7 +150,7 @@ def save_as_lora(
         raise TypeError(
             f"the adapter edits {names}, which are embeddings or fused experts, expected linear layers: merge it instead"
         )
-    state, report, transposed = {}, _Kept(), False
+    state, report, transposed = {}, _Energies(), False
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LocFTLinear) or not layer.edited(adapter_name):
             continue
@@ -161,11 +161,16 @@ def save_as_lora(
         state[f"{_PREFIX}{name}.lora_A.weight"], state[f"{_PREFIX}{name}.lora_B.weight"] = down, up
         report.add(name, delta, up.to(torch.float32) @ down.to(torch.float32), len(down))
         transposed |= is_conv1d
-    state.update({key: value for key, value in _state(model, adapter_name).items() if ".locft_" not in key})
+    if not report.ranks:
+        raise ValueError(
+            f"the adapter {adapter_name!r} edits no linear layer, so that there is nothing to make a LoRA of"
+        )
+    copies = {key: tensor for key, tensor in _state(model, adapter_name).items() if ".locft_" not in key}
+    state.update({key: _cast(tensor, dtype) for key, tensor in copies.items()})
     return _save(folder, state, _lora_config(model, config, report.ranks, transposed), config, report)
 
 
-class _Kept:
+class _Energies:
     """Sums up what an export keeps."""
 
     def __init__(self) -> None:
@@ -274,7 +279,7 @@ def _save(
     state: dict[str, torch.Tensor],
     saved_config: PeftConfig,
     config: LocFTConfig,
-    report: _Kept,
+    report: _Energies,
 ) -> ExportReport:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def combined_config(tuner: LocFTModel, adapters: list[str]) -> LocFTConfig:
             for parameter in {p for name in adapters for p in layer.edited(name)}:
                 if isinstance(layer, LocFTExperts):
                     end = "" if parameter == "weight" else f".{parameter}"
-                    names.update(f"{module}.{expert}{end}" for expert in _experts(layer, adapters, parameter))
+                    names.update(f"{module}.{expert}{end}" for expert in _union(layer, adapters, parameter))
                 else:
                     names.add(module)
         config.target_modules, config.exclude_modules, config.layers_pattern = names, None, None
@@ -141,13 +141,24 @@ def combine(
         majority_sign_method (`str`):
             How TIES elects a sign.
     """
+
+    def combined(deltas: list[torch.Tensor], factors: list[float]) -> torch.Tensor:
+        deltas = [delta.to(torch.float32) for delta in deltas]
+        factors = torch.tensor(factors, device=deltas[0].device, dtype=torch.float32)
+        return _COMBINATIONS[combination_type](deltas, factors, density, majority_sign_method)
+
+    if not isinstance(layer, LocFTExperts):
+        given = [(name, weight) for name, weight in zip(adapters, weights) if layer.edited(name)]
+        delta = combined([layer.get_delta_weight(name) for name, _ in given], [weight for _, weight in given])
+        layer.set_delta_weight(adapter_name, delta)
+        return
     for parameter in layer.edited(adapter_name):
-        given = [(name, weight) for name, weight in zip(adapters, weights) if parameter in layer.edited(name)]
-        deltas = [layer.get_delta_weight(name, parameter).to(torch.float32) for name, _ in given]
-        factors = torch.tensor([weight for _, weight in given], device=deltas[0].device, dtype=torch.float32)
-        combined = _COMBINATIONS[combination_type](deltas, factors, density, majority_sign_method)
-        layer.set_delta_weight(adapter_name, combined, parameter)
+        # One by one, so that an expert that an adapter does not edit counts as no zeros to be pruned.
+        for expert in layer.locft_experts[adapter_name][parameter]:
+            pairs = [(layer.expert_delta(name, parameter, expert), w) for name, w in zip(adapters, weights)]
+            pairs = [(delta, weight) for delta, weight in pairs if delta is not None]
+            layer.expert_delta(adapter_name, parameter, expert).copy_(combined(*map(list, zip(*pairs))))
 
 
-def _experts(layer: LocFTExperts, adapters: list[str], parameter: str) -> set[int]:
+def _union(layer: LocFTExperts, adapters: list[str], parameter: str) -> set[int]:
     return {expert for name in adapters for expert in layer.locft_experts.get(name, {}).get(parameter, ())}

@@ -19,6 +19,7 @@ from peft.utils.peft_types import PeftType
 COMPANION_FILES = ("edits.jsonl", "edit_results.json", "README.md")
 _MOST_LAYERS = 10_000  # more than any model has: a longer list is a faulty or hostile config
 _MOST_PATTERNS = 100
+_MOST_NAMES = 50_000  # every expert of a large mixture by its own name
 _NAME = re.compile(r"[\w.-]{1,500}")
 _TYPES = {
     "init_weights": (bool, "True or False"),
@@ -51,8 +52,8 @@ class LocFTConfig(PeftConfig):
             - fused experts of a mixture: `"mlp.experts.down_proj"` for all, `"mlp.experts.3.down_proj"` for one.
 
             In a model of several towers the text model is meant, unless an entry begins with the name of another one:
-            `"vision_tower.mlp.fc1"`. A string is a regular expression that matches the whole name, or `"all-linear"`,
-            and goes without `layers`. Defaults to the down projection of the MLP, the place that disturbs a model
+            `"vision_tower.mlp.fc1"`. A string is a regular expression that matches the whole name (in another tower,
+            only if it contains that one's name), or `"all-linear"`, and goes without `layers`. Defaults to the down projection of the MLP, the place that disturbs a model
             least (section 4.2 of the paper).
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out, in the same notation.
@@ -158,6 +159,9 @@ class LocFTConfig(PeftConfig):
         self._targets: dict[str, dict[str, tuple[int, ...] | None]] = {}
         self._excluded: set[str] = set()
         self._is_loaded = False
+        # What was asked for, and what became of it in the model that the config was last put into.
+        self._requested = self._resolved = self.places()
+        self._has_filled_fingerprint = False
         self._companions: dict[str, str] | None = None
         self._origin: tuple[str, str | None, dict] | None = None
 
@@ -190,6 +194,36 @@ class LocFTConfig(PeftConfig):
                 The modules that are left out.
         """
         self._targets, self._excluded = targets, excluded
+
+    def places(self) -> tuple:
+        """Return where the config edits (`tuple`: layers, the pattern of their list, and modules)."""
+        return self.layers, self.layers_pattern, self.target_modules
+
+    def remember_model(self, requested: tuple) -> None:
+        """Remember what was asked for, before a model's layers and modules were filled in.
+
+        Args:
+            requested (`tuple`):
+                The places that were asked for.
+        """
+        self._requested, self._resolved = requested, self.places()
+
+    def forget_model(self) -> None:
+        """Take back what was filled in for another model, so that one config can be used for several."""
+        if self.places() == self._resolved:
+            self.layers, self.layers_pattern, self.target_modules = self._requested
+            self.layers_to_transform = self.layers
+        if self._has_filled_fingerprint:
+            self.base_fingerprint, self._has_filled_fingerprint = None, False
+
+    def fill_fingerprint(self, fingerprint: dict[str, dict] | None) -> None:
+        """Fill in the fingerprint of the base weights that a new adapter is put on.
+
+        Args:
+            fingerprint (`dict[str, dict]`, *optional*):
+                By the weight's name.
+        """
+        self.base_fingerprint, self._has_filled_fingerprint = fingerprint, True
 
     @property
     def is_new(self) -> bool:
@@ -291,6 +325,8 @@ def _check_names(names: Any, field_name: str) -> None:
             f"`{field_name}` is {str(names)[:200]}, expected a list of the names of modules, such as "
             "['mlp.down_proj']: a name is made of letters, digits, `_`, `-` and dots"
         )
+    if len(names) > _MOST_NAMES:
+        raise ValueError(f"`{field_name}` has {len(names)} entries, expected at most {_MOST_NAMES}")
 
 
 def _check_patterns(patterns: Any) -> None:
@@ -331,7 +367,8 @@ def _refuse_pickle(source: str) -> None:
 
 
 def _check_ranks(ranks: Any) -> None:
-    if not isinstance(ranks, dict) or any(type(rank) is not int or rank < 1 for rank in ranks.values()):
+    too_many = isinstance(ranks, dict) and len(ranks) > _MOST_NAMES
+    if not isinstance(ranks, dict) or too_many or any(type(rank) is not int or rank < 1 for rank in ranks.values()):
         raise ValueError(f"`rank_pattern` is {str(ranks)[:200]}, expected a positive rank by the name of each module")
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
+from .additive import AdditiveLayer
 from .config import LocFTConfig
-from .layer import LocFTLayer
-from .linear import add_by_row, check_mixed_batch
 
 
-class LocFTEmbedding(LocFTLayer):
+class LocFTEmbedding(AdditiveLayer):
     """LocFT on a `torch.nn.Embedding`: the row of each token gets a delta, scaled as the model scales its embeddings.
 
     Where the embedding is tied to the head, the adapter edits the embedding alone, and merging unties the two.
@@ -44,23 +41,6 @@ class LocFTEmbedding(LocFTLayer):
         if adapter in self.locft_delta:
             return self.locft_delta[adapter].weight  # (num_embeddings, embedding_dim)
         return torch.zeros_like(self.weight, dtype=torch.float32)
-
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        check_mixed_batch(self, x, adapter_names)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)  # (batch, seq, embedding_dim)
-        if self.disable_adapters or self.merged:
-            return result
-        if adapter_names is not None:
-            return add_by_row(self, x, result, adapter_names)
-        dtype = result.dtype
-        for adapter in self.active_adapters:
-            if adapter in self.locft_delta:
-                result = result + self.contribution(adapter, x)
-        return result.to(dtype)
 
     def contribution(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Return the rows of the delta, scaled.

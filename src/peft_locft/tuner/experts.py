@@ -84,9 +84,25 @@ class LocFTExperts(LocFTLayer):
             delta[chosen] = getattr(self, f"locft_{parameter}")[adapter].weight.to(delta)
         return delta
 
-    def set_delta_weight(self, adapter: str, delta: torch.Tensor, parameter: str = "weight") -> None:
-        chosen = list(self.locft_experts[adapter][parameter])
-        getattr(self, f"locft_{parameter}")[adapter].weight.data.copy_(delta[chosen])
+    def expert_delta(self, adapter: str, parameter: str, expert: int) -> torch.Tensor | None:
+        """Return the delta of a single expert.
+
+        Args:
+            adapter (`str`):
+                The name of the adapter.
+            parameter (`str`):
+                The base layer's parameter.
+            expert (`int`):
+                The expert's index.
+
+        Returns:
+            `torch.Tensor` or `None`: A view, in the orientation of the base layer's own weight; `None` where the
+            adapter does not edit the expert.
+        """
+        chosen = self.locft_experts.get(adapter, {}).get(parameter, ())
+        if expert not in chosen:
+            return None
+        return getattr(self, f"locft_{parameter}")[adapter].weight.data[chosen.index(expert)]
 
     def base_weight_of(self, adapter_name: str, parameter: str) -> torch.Tensor | None:
         weight = super().base_weight_of(adapter_name, parameter)
@@ -94,6 +110,8 @@ class LocFTExperts(LocFTLayer):
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is not None:
+            if not any(self.edited(name) for name in adapter_names):
+                return self.base_layer(*args, **kwargs)
             raise ValueError(
                 "`adapter_names` was given, and an adapter edits fused experts, which cannot serve several adapters in "
                 "one batch: run one batch for each adapter"

@@ -56,7 +56,7 @@ def check_base(config: LocFTConfig, model: nn.Module, layers: dict[str, LocFTLay
                 now[f"{name}.{parameter}"] = _weight_fingerprint(weight, layer.stored_as(parameter))
     if config.base_fingerprint is None:
         if config.is_new:  # what an adapter that is loaded was trained on, nobody knows any more
-            config.base_fingerprint = now or None
+            config.fill_fingerprint(now or None)
         return
     before = config.base_fingerprint if isinstance(config.base_fingerprint, dict) else {}
     differing = [name for name, print_ in now.items() if not _same(print_, before.get(name))]
@@ -103,7 +103,7 @@ def check_tokenizer(config: LocFTConfig, tokenizer: Any, remember: bool = False)
         `ValueError`: If it reads text in another way and the config is `strict`.
     """
     now = tokenizer_fingerprint(tokenizer)
-    if config.tokenizer_fingerprint is None and remember:
+    if config.tokenizer_fingerprint is None and remember and config.is_new:
         config.tokenizer_fingerprint = now
     if config.tokenizer_fingerprint in (None, now):
         return
@@ -119,7 +119,7 @@ def check_tokenizer(config: LocFTConfig, tokenizer: Any, remember: bool = False)
 def _weight_fingerprint(weight: torch.Tensor, stored_as: str) -> dict[str, Any]:
     # (a hash for the same numbers, a sketch for the same numbers up to rounding or quantisation)
     flat = weight.detach().to("cpu").flatten()
-    sketch = [flat[start::_SKETCH_SIZE].sum(dtype=torch.float64).item() for start in range(_SKETCH_SIZE)]
+    sketch = [flat[start::_SKETCH_SIZE].sum(dtype=torch.float32).item() for start in range(_SKETCH_SIZE)]
     numbers = flat if stored_as == "float16" else flat.to(torch.bfloat16)
     digest = hashlib.sha256(numbers.contiguous().view(torch.uint8).numpy()).hexdigest()[:32]
     return {
@@ -135,7 +135,7 @@ def _same(now: dict[str, Any], before: Any) -> bool:
         if now["shape"] != before["shape"]:
             return False
         kinds = {now["stored_as"], before["stored_as"]}
-        if kinds <= _EXACT or len(kinds) == 1:
+        if kinds <= _EXACT or kinds == {"float16"}:
             return now["sha256"] == before["sha256"]
         mine, theirs = torch.tensor(now["sketch"]), torch.tensor(before["sketch"])
         if mine.shape != theirs.shape:

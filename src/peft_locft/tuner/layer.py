@@ -40,7 +40,7 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self._kept: tuple | None = None  # the base layer's weights as they were before the first merge
+        self._originals: tuple | None = None  # the base layer's weights as they were before the first merge
 
     def update_layer(
         self, adapter_name: str, config: LocFTConfig, inference_mode: bool = False, **kwargs: Any
@@ -117,7 +117,7 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             readable = self.quantization_backend.supports_merge and not self.merged
             return self.get_base_weight() if readable else None
         weight = (
-            getattr(self.get_base_layer(), parameter) if self._kept is None else self._kept[1][parameter]
+            getattr(self.get_base_layer(), parameter) if self._originals is None else self._originals[1][parameter]
         ).detach()
         return None if weight.is_meta or weight.numel() == 0 else weight
 
@@ -165,8 +165,8 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         merged = self.merged_weights(self.merged_adapters + names, safe_merge)
-        if self._kept is None:
-            self._kept = self._keep()
+        if self._originals is None:
+            self._originals = self._read_originals()
         for parameter, weight in merged.items():
             self._set_weight(parameter, weight)
         self.merged_adapters.extend(names)
@@ -213,13 +213,22 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             weight = original.to(torch.promote_types(original.dtype, torch.float32))
             # In the dtype in which it will be stored: what is finite in float32 may not be in float16.
             dtype = weight.dtype if self.quantization_backend is not None else original.dtype
-            for name in adapter_names:
-                if parameter in self.edited(name):
-                    delta = self.get_delta_weight(name, parameter).detach()
-                    weight = weight + delta.to(weight.device, weight.dtype)
-                    if safe_merge and not torch.isfinite(weight.to(dtype)).all():
-                        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            merged[parameter] = weight.to(dtype)
+            deltas = {
+                name: self.get_delta_weight(name, parameter).detach().to(weight.device, weight.dtype)
+                for name in adapter_names
+                if parameter in self.edited(name)
+            }
+            merged[parameter] = (weight + sum(deltas.values())).to(dtype)
+            if safe_merge and not torch.isfinite(merged[parameter]).all():
+                if not torch.isfinite(original).all():
+                    raise ValueError(
+                        f"NaNs detected in the base weight {parameter!r}, before anything is merged into it"
+                    )
+                alone = [
+                    name for name, delta in deltas.items() if not torch.isfinite((weight + delta).to(dtype)).all()
+                ]
+                names = ", ".join(alone or deltas)
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
         return merged
 
     def unmerge(self) -> None:
@@ -227,7 +236,7 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base_layer, parameters, beside = self._kept
+        base_layer, parameters, beside = self._originals
         if self.quantization_backend is None:
             for name, parameter in parameters.items():
                 # Where and as what the weight is now: the model may have been moved or cast while it was merged.
@@ -240,13 +249,13 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
             base_layer._parameters.update(parameters)
             for holder, attributes in beside:
                 holder.__dict__.update(attributes)
-        self._kept = None
+        self._originals = None
         self.merged_adapters.clear()
 
     def _add_delta(self, adapter_name: str, zero: bool, **kwargs: Any) -> None:
         raise NotImplementedError
 
-    def _keep(self) -> tuple:
+    def _read_originals(self) -> tuple:
         base_layer = self.get_base_layer()
         parameters = {name: value for name, value in base_layer._parameters.items() if value is not None}
         # bitsandbytes keeps scales beside its weights, and PEFT marks the old 4-bit weight as not quantised yet.
@@ -260,7 +269,7 @@ class LocFTLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             self.check_merge()
             return self.get_base_weight().detach().clone()
-        base_layer, parameters, _ = self._kept or self._keep()
+        base_layer, parameters, _ = self._originals or self._read_originals()
         return parameters[parameter].detach()
 
     def _set_weight(self, parameter: str, weight: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The delta on a linear layer, dense or compressed, and batches in which each row has its own adapter."""
+"""The delta on a linear layer, dense or compressed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .additive import AdditiveLayer
 from .config import LocFTConfig
-from .layer import LocFTLayer
 
 
-BASE = "__base__"  # PEFT's name for a row without an adapter
-
-
-class LocFTLinear(LocFTLayer):
+class LocFTLinear(AdditiveLayer):
     """LocFT on a `torch.nn.Linear`, a transformers `Conv1D`, or a quantised one of these: `y = base(x) + ΔW x`.
 
     Args:
@@ -89,26 +86,6 @@ class LocFTLinear(LocFTLayer):
     def set_delta_weight(self, adapter: str, delta: torch.Tensor, parameter: str = "weight") -> None:
         super().set_delta_weight(adapter, delta.T if isinstance(self.get_base_layer(), Conv1D) else delta)
 
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        check_mixed_batch(self, x, adapter_names)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)  # (batch, ..., out_features)
-        if self.disable_adapters or self.merged:
-            return result
-        dtype = result.dtype
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        if adapter_names is not None:
-            return add_by_row(self, x, result, adapter_names)
-        for adapter in self.active_adapters:
-            if adapter in self.locft_delta or adapter in self.locft_A:
-                result = result + self.contribution(adapter, x)
-        # The delta keeps its own, finer dtype, and so does the sum: only the result is rounded to the model's.
-        return result.to(dtype)
-
     def contribution(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """Return `ΔW x`.
 
@@ -129,54 +106,3 @@ class LocFTLinear(LocFTLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
-
-
-def check_mixed_batch(layer: LocFTLayer, x: torch.Tensor, adapter_names: list[str] | None) -> None:
-    """Refuse what a batch with an adapter for each row cannot be.
-
-    Args:
-        layer (`LocFTLayer`):
-            The layer.
-        x (`torch.Tensor`):
-            Its input, of shape (batch, ...).
-        adapter_names (`list[str]`, *optional*):
-            The adapter of each row, `"__base__"` for none.
-
-    Raises:
-        `ValueError`: If there is not one name for each row, or an adapter is merged.
-    """
-    if adapter_names is None:
-        return
-    if len(x) != len(adapter_names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {len(x)} respectively."
-        )
-    if layer.merged:
-        raise ValueError(
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-        )
-
-
-def add_by_row(layer: LocFTLayer, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-    """Add to each row of a batch the contribution of its own adapter.
-
-    Args:
-        layer (`LocFTLayer`):
-            The layer, which has a `contribution`.
-        x (`torch.Tensor`):
-            Its input, of shape (batch, ...).
-        result (`torch.Tensor`):
-            The base layer's output, of shape (batch, ..., features).
-        adapter_names (`list[str]`):
-            The adapter of each row.
-
-    Returns:
-        `torch.Tensor`: The sum, in the dtype of `result`.
-    """
-    result = result.clone()
-    for adapter in dict.fromkeys(adapter_names):
-        if adapter != BASE and layer.edited(adapter):
-            rows = [row for row, name in enumerate(adapter_names) if name == adapter]
-            result[rows] = (result[rows] + layer.contribution(adapter, x[rows])).to(result.dtype)
-    return result

@@ -20,14 +20,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
+from .additive import BASE
 from .arithmetic import check_weighted_adapter, combine, combined_config
 from .config import LocFTConfig
 from .embedding import LocFTEmbedding
 from .experts import LocFTExperts
 from .fingerprint import check_base
 from .layer import LocFTLayer
-from .linear import BASE, LocFTLinear
-from .targets import EDITABLE, excluded_modules, expanded_expression, resolve_targets
+from .linear import LocFTLinear
+from .targets import EDITABLE, expanded_expression, resolve_targets
 from .weights import fused_experts, is_linear
 
 
@@ -58,12 +59,13 @@ class LocFTModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        targets = resolve_targets(peft_config, self.model)
-        peft_config.set_targets(targets, excluded_modules(peft_config, self.model))
+        peft_config.set_targets(*resolve_targets(peft_config, self.model))
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        config.forget_model()
+        requested = config.places()
         # PEFT would run an expression in Python's own engine, on injecting and on saving, which has no timeout.
         config.target_modules = expanded_expression(config, self.model if model is None else model)
         named = config.target_modules
@@ -71,6 +73,7 @@ class LocFTModel(BaseTuner):
         if named is not None and not isinstance(named, str):
             # PEFT shortens long lists to what is unique among modules, which experts and groups are not.
             config.target_modules = named
+        config.remember_model(requested)
         layers = {
             name: module
             for name, module in model.named_modules()
@@ -150,9 +153,11 @@ class LocFTModel(BaseTuner):
         for name, layer in model.named_modules():
             key = f"{name}.base_layer.weight"
             if isinstance(layer, LocFTLayer) and layer.merged and layer.edited(adapter_name) and key in state_dict:
-                # PEFT saves an embedding's base weight beside its delta: without the delta, or loading would add it
-                # twice.
-                state_dict[key] = layer.base_weight_of(adapter_name, "weight")
+                # Of an embedding or a head, PEFT saves the base weight too (it reads it from this dict, later): without
+                # the delta, or loading would add it twice.
+                original = layer.base_weight_of(adapter_name, "weight")
+                if original is not None:
+                    state_dict[key] = original
         prefixes = {_WRAPPERS.sub("", prefix) for prefix in _get_tuner_state_dict_key_prefixes(model)}
         unwrapped = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
         return _filter_state_dict_by_key_prefixes(unwrapped, prefixes)
@@ -185,6 +190,9 @@ class LocFTModel(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"adapters {unknown} do not exist, expected some of {list(self.peft_config)}")
         for layer in self.model.modules():
             if not isinstance(layer, LocFTLayer):
                 continue
@@ -254,13 +262,12 @@ class LocFTModel(BaseTuner):
         unknown = set(adapter_names) - set(self.peft_config) - {BASE}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        # A beam search repeats each row, and so does sampling that returns several sequences.
-        generation_config = kwargs.get("generation_config")
-        given = [
-            kwargs.get(name) or getattr(generation_config, name, None) or 1
-            for name in ("num_beams", "num_return_sequences")
-        ]
-        adapter_names = [name for name in adapter_names for _ in range(max(given))]
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
+        if inputs and len(inputs[0]) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(inputs[0])} respectively."
+            )
 
         def pass_names(module: nn.Module, inputs: tuple, keywords: dict) -> tuple[tuple, dict]:
             # PEFT looks every name up, also that of an adapter without a full copy of this module.

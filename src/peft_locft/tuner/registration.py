@@ -16,14 +16,14 @@ from peft.utils.peft_types import PeftType
 
 
 METHOD = "LOCFT"
-MIN_PEFT_VERSION = "0.21.0"
+MIN_PEFT_VERSION = "0.21.2"
 
 
 def check_peft_version() -> None:
     """Refuse a PEFT that is too old.
 
     Raises:
-        `ImportError`: If the installed PEFT is older than 0.21.0.
+        `ImportError`: If the installed PEFT is older than 0.21.2.
     """
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
         raise ImportError(
@@ -41,7 +41,7 @@ def register_locft(config_cls: type, model_cls: type) -> None:
             The tuner class, [`LocFTModel`].
 
     Raises:
-        `ImportError`: If the installed PEFT is older than 0.21.0, or has another method of this name.
+        `ImportError`: If the installed PEFT is older than 0.21.2, or has another method of this name.
     """
     check_peft_version()
     member = _peft_type()

@@ -42,8 +42,9 @@ def merge_report(
         adapter_names (`list[str]`, *optional*):
             The adapters. Defaults to the active ones.
         dtype (`torch.dtype`, *optional*):
-            The dtype that the merged weights will be stored in. Defaults to that of the base weights. Quantised weights
-            are quantised again as they were.
+            The dtype that the merged weights will be stored in, where it is another one than that of the base weights.
+            To have it rounded only once, merge in float32: `model.float().merge_and_unload().to(dtype)`. Quantised
+            weights are quantised again as they were.
 
     Returns:
         `dict[str, MergeCost]`: By the base weight's name.
@@ -60,12 +61,15 @@ def merge_report(
             raise ValueError(f"adapters {layer.merged_adapters} are merged already: call `unmerge_adapter` first")
         names = [adapter for adapter in adapter_names or layer.active_adapters if layer.edited(adapter)]
         for parameter in dict.fromkeys(p for adapter in names for p in layer.edited(adapter)):
-            wanted = sum(layer.get_delta_weight(adapter, parameter).to(torch.float32) for adapter in names)
             with onload_layer(layer):
+                wanted = sum(layer.get_delta_weight(adapter, parameter).to(torch.float32) for adapter in names)
                 difference = _difference(layer, names, parameter, dtype)
             costs[f"{name.removeprefix('base_model.model.')}.{parameter}"] = _cost(wanted, difference)
     if not costs:
-        raise ValueError(f"there is nothing to merge: no layer has any of the adapters {adapter_names or 'active'}")
+        raise ValueError(
+            "there is nothing to merge: no layer has "
+            + (f"any of the adapters {adapter_names}" if adapter_names else "an active adapter")
+        )
     return costs
 
 
@@ -77,9 +81,10 @@ def _difference(layer: LocFTLayer, names: list[str], parameter: str, dtype: torc
         return exact.to(dtype).to(torch.float32) - original.to(dtype).to(torch.float32)
     original = layer.get_base_weight().to(torch.float32).clone()
     layer.merge(adapter_names=names)
-    difference = layer.get_base_weight().to(torch.float32) - original
-    layer.unmerge()
-    return difference
+    try:
+        return layer.get_base_weight().to(torch.float32) - original
+    finally:
+        layer.unmerge()
 
 
 def _sum(layer: LocFTLayer, names: list[str], parameter: str) -> torch.Tensor:

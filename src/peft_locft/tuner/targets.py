@@ -22,6 +22,7 @@ from .weights import (
     language_tower,
     layer_index,
     layer_list,
+    layers_name,
     num_layers,
     other_tower,
 )
@@ -60,7 +61,10 @@ class _Found(NamedTuple):
     expert: int | None = None  # one of the weight's experts, or None for the whole weight
 
 
-def resolve_targets(config: LocFTConfig, model: nn.Module) -> dict[str, dict[str, tuple[int, ...] | None]]:
+Targets = dict[str, dict[str, "tuple[int, ...] | None"]]
+
+
+def resolve_targets(config: LocFTConfig, model: nn.Module) -> tuple[Targets, set[str]]:
     """Find the weights that a config means; fill in its default modules and turn its layers into indices from 0.
 
     Args:
@@ -70,14 +74,15 @@ def resolve_targets(config: LocFTConfig, model: nn.Module) -> dict[str, dict[str
             The model to be adapted.
 
     Returns:
-        `dict[str, dict[str, tuple[int, ...] | None]]`: By module and parameter, the experts to edit; `None` for a
-        weight without experts.
+        `tuple[dict[str, dict[str, tuple[int, ...] | None]], set[str]]`: By module and parameter, the experts to edit,
+        `None` for a weight without experts; and the modules of which `exclude_modules` or `modules_to_save` takes out
+        something.
 
     Raises:
         `ValueError`: If no default is known, or if a layer, a module or an expert matches nothing.
     """
     if config.target_modules == DUMMY_TARGET_MODULES:
-        return {}
+        return {}, set()
     weights = find_weights(model)
     language = language_tower(model)
     _check_left_out(config, model, weights, language)
@@ -94,6 +99,8 @@ def resolve_targets(config: LocFTConfig, model: nn.Module) -> dict[str, dict[str
     if unmatched:
         _check_kinds(unmatched, model)
         raise_unmatched(unmatched, weights, language, is_expression)
+    if language is None and not is_expression:
+        _check_one_stack(by_spec, model)
     if config.layers is not None:
         towers = {other_tower(found.weight.name, language) for spec in by_spec.values() for found in spec}
         if len(towers) > 1:
@@ -105,7 +112,8 @@ def resolve_targets(config: LocFTConfig, model: nn.Module) -> dict[str, dict[str
         by_spec = {spec: _in_layers(spec, found, config, weights) for spec, found in by_spec.items()}
     # What `exclude_modules` or `modules_to_save` leaves out is taken off last, so that it counts as no missing match.
     excluded = set(_single(_excluded(config, weights, language)))
-    return _targets(one for found in by_spec.values() for one in _single(found) if one not in excluded)
+    targets = _targets(one for found in by_spec.values() for one in _single(found) if one not in excluded)
+    return targets, {one.weight.module for one in excluded}
 
 
 def expanded_expression(config: LocFTConfig, model: nn.Module) -> set[str] | str | None:
@@ -131,6 +139,13 @@ def expanded_expression(config: LocFTConfig, model: nn.Module) -> set[str] | str
     weights, language = find_weights(model), language_tower(model)
     found = _expression(modules, weights, language, "target_modules")
     if not found:
+        others = [weight.name for weight in weights if other_tower(weight.name, language)]
+        towers = sorted({other_tower(name, language) for name in match_names(modules, others, "target_modules")})
+        if towers:
+            raise ValueError(
+                f"`target_modules` {shown([modules])} matches only in {shown(towers)}, and the language tower {language} "
+                f"is edited unless another is named: write '{towers[0].rpartition('.')[2]}' in the expression"
+            )
         _check_kinds([modules], model)
         raise_unmatched([modules], weights, language, is_expression=True)
     return {weight.name if expert is None else weight.expert_name(expert) for weight, expert in found}
@@ -168,21 +183,6 @@ def default_module(
     )
 
 
-def excluded_modules(config: LocFTConfig, model: nn.Module) -> set[str]:
-    """Return the modules of which `exclude_modules` or `modules_to_save` takes out something.
-
-    Args:
-        config ([`LocFTConfig`]):
-            The config.
-        model (`torch.nn.Module`):
-            The model.
-
-    Returns:
-        `set[str]`: The full names of the modules.
-    """
-    return {one.weight.module for one in _excluded(config, find_weights(model), language_tower(model))}
-
-
 def _excluded(config: LocFTConfig, weights: list[Weight], language: str | None) -> Iterator[_Found]:
     is_expression = isinstance(config.exclude_modules, str)
     for spec in [config.exclude_modules] if is_expression else sorted(config.exclude_modules or ()):
@@ -218,7 +218,7 @@ def _find(
     if rest in _GROUPS:
         return [_Found(w) for w in weights if _is_in_group(rest, w, layers_pattern)]
     named = [_Found(w) for w in weights if _is_end(rest, w.name)]
-    return named or [*_experts(rest, weights, field)] or [_Found(w) for w in weights if _is_part(rest, w)]
+    return named or [*_named_experts(rest, weights, field)] or [_Found(w) for w in weights if _is_part(rest, w)]
 
 
 def _is_end(spec: str, name: str) -> bool:
@@ -238,7 +238,7 @@ def _is_in_group(group: str, weight: Weight, layers_pattern: str | list[str] | N
     return _ROUTERS.isdisjoint(part.split(".")) and bool(_GROUPS[group].search(part))
 
 
-def _experts(spec: str, weights: list[Weight], field: str) -> Iterator[_Found]:
+def _named_experts(spec: str, weights: list[Weight], field: str) -> Iterator[_Found]:
     """One expert of fused weights, called as in a list of modules: `mlp.experts.3.down_proj`, or `mlp.experts.3`."""
     for match in re.finditer(r"(?:^|\.)(-?\d+)(?=\.|$)", spec):
         before, after = spec[: match.start()], spec[match.end() :].removeprefix(".")
@@ -265,7 +265,9 @@ def _expression(expression: str, weights: list[Weight], language: str | None, fi
             continue
         names.update({weight.expert_name(expert): _Found(weight, expert) for expert in range(weight.num_experts or 0)})
         names[weight.name] = _Found(weight)
-    return [names[name] for name in match_names(expression, list(names), field)]
+    found = [names[name] for name in match_names(expression, list(names), field)]
+    whole = {weight for weight, expert in found if expert is None}
+    return [one for one in found if one.expert is None or one.weight not in whole]
 
 
 def _all_linear(model: nn.Module, weights: list[Weight], language: str | None) -> set[str]:
@@ -350,6 +352,19 @@ def _check_kinds(unmatched: list[str], model: nn.Module) -> None:
             raise TypeError(
                 f"the target module {name!r} is a {type(module).__name__}, expected {EDITABLE}: name other "
                 "`target_modules`"
+            )
+
+
+def _check_one_stack(by_spec: dict[str, list[_Found]], model: nn.Module) -> None:
+    """Refuse ends of names that modules of several lists of layers have, as of a decoder and an encoder of images."""
+    if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
+        return
+    for spec, found in by_spec.items():
+        stacks = sorted({layers_name(one.weight.name) for one in found if one.weight.name != spec} - {None})
+        if len(stacks) > 1:
+            raise ValueError(
+                f"`target_modules` has {spec!r}, which means modules in several lists of layers, {shown(stacks)}: say "
+                f"which, by full names or by an expression such as {re.escape(stacks[0]) + r'.*'!r} and what follows"
             )
 
 

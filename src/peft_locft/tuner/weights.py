@@ -160,6 +160,20 @@ def layer_list(name: str) -> str | None:
     return match["list"] if match and match.start("list") == 0 else None
 
 
+def layers_name(name: str) -> str | None:
+    """Return the full name of the list of layers that a module is in.
+
+    Args:
+        name (`str`):
+            The module's full name.
+
+    Returns:
+        `str` or `None`: For example `"model.layers"`; `None` for a module outside of layers.
+    """
+    match = _LAYER_INDEX.match(name)
+    return name[: match.end("list")] if match else None
+
+
 def in_layer(name: str) -> str:
     """Return the part of a name behind the layer's number; the whole name of a module outside of layers.
 

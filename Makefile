@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Written last, so that an installation that was interrupted is begun again.
 READY := $(VENV)/.ready
+# Apart, because PEFT imports what it finds of these at every start, and they are slow and noisy to import.
+QUANTIZATION := $(VENV)/.quantization
 
 .PHONY: demo test conformance lint docs clean
 
@@ -10,7 +12,7 @@ demo: $(READY)  ## teach SmolLM2-135M the facts of examples/edits.jsonl, anew in
 	rm -rf demo_output
 	$(BIN)/python -m peft_locft.demo --edits examples/edits.jsonl --output demo_output
 
-test: $(READY) lint  ## all that CI runs
+test: $(READY) $(QUANTIZATION) lint  ## all that CI runs
 	$(BIN)/python -m pytest -q --durations=10
 	$(BIN)/python tests/conformance/run.py
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
@@ -28,6 +30,10 @@ docs: $(READY)  ## the site, in docs/_build/html
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(QUANTIZATION): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[quantization]"
 	touch $@
 
 clean:

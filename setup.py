@@ -30,7 +30,7 @@ PLOTS = ["matplotlib>=3.8"]
 DEMO = [*PLOTS, "gguf>=0.10"]
 DOCS = ["furo", "myst-parser", "sphinx>=8"]
 QUANTIZATION = ["bitsandbytes>=0.50", "torchao>=0.18"]
-DEV = [*DEMO, *DOCS, *QUANTIZATION, "ipykernel", "nbclient", "nbformat", "pytest>=8", "ruff>=0.9"]
+DEV = [*DEMO, *DOCS, "ipykernel", "nbclient", "nbformat", "pytest>=8", "ruff>=0.9"]
 
 setup(
     name="peft-locft",
@@ -48,7 +48,7 @@ setup(
     package_data={"peft_locft": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=REQUIRED,
-    extras_require={"plots": PLOTS, "demo": DEMO, "docs": DOCS, "dev": DEV},
+    extras_require={"plots": PLOTS, "demo": DEMO, "docs": DOCS, "quantization": QUANTIZATION, "dev": DEV},
     entry_points={"console_scripts": ["locft=locft:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -21,6 +21,12 @@ def test_the_table_has_a_row_for_each_probe():
     assert list(table()) == list(PROBES)
 
 
+@pytest.fixture(autouse=True)
+def _needs_bitsandbytes(request):
+    if "4-bit" in request.node.name:
+        pytest.importorskip("bitsandbytes")
+
+
 @pytest.mark.parametrize("capability", PROBES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_table_tells_what_is_so(method, capability):

@@ -128,7 +128,12 @@ def test_automatic_batch_size(num_edits, parallel, size):
 def test_activation_checkpointing_changes_nothing_but_memory(make_model, tokenizer, edits, tmp_path):
     def losses(name, **settings):
         args = EditConfig(
-            output_dir=str(tmp_path / name), num_train_epochs=3, save_strategy="no", disable_tqdm=True, **settings
+            output_dir=str(tmp_path / name),
+            num_train_epochs=3,
+            save_strategy="no",
+            disable_tqdm=True,
+            prefix_cache=False,  # which goes with no checkpointing, and says so
+            **settings,
         )
         trainer = EditTrainer(make_model(), args, edits, processing_class=tokenizer)
         trainer.train()

@@ -50,6 +50,9 @@ class EditConfig(TrainingArguments):
             A batch whose mean loss is under this makes no step. `0` turns this off.
         stop_loss (`float`, *optional*, defaults to `0.01`):
             Training stops after an epoch whose mean loss is under this. `0` turns this off.
+        prefix_cache (`bool`, *optional*, defaults to `True`):
+            Whether to compute the frozen layers below the lowest trained one only once for each edit, and to keep what
+            they say in memory: edits times tokens times the model's width. The losses are those of the plain loop.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -102,6 +105,10 @@ class EditConfig(TrainingArguments):
     skip_loss: float = field(default=1e-2, metadata={"help": "A batch whose mean loss is under this makes no step."})
     stop_loss: float = field(
         default=1e-2, metadata={"help": "Training stops after an epoch whose mean loss is under this."}
+    )
+
+    prefix_cache: bool = field(
+        default=True, metadata={"help": "Whether to compute the layers below the lowest trained one only once."}
     )
 
     def __post_init__(self):

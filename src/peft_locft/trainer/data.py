@@ -27,7 +27,7 @@ def tokenize_edits(edits: EditSet, tokenizer: PreTrainedTokenizerBase, max_lengt
             The longest sequence that the model takes, in tokens.
 
     Returns:
-        [`~datasets.Dataset`]: With the columns `input_ids` and `labels`, one row an edit, in order.
+        [`~datasets.Dataset`]: With the columns `index`, `input_ids` and `labels`, one row an edit, in order.
 
     Raises:
         [`EditDataError`]: Naming every edit that is too long or whose target has no tokens.
@@ -59,7 +59,8 @@ def tokenize_edits(edits: EditSet, tokenizer: PreTrainedTokenizerBase, max_lengt
             )
         else:
             labels = [IGNORED] * len(prompt_ids) + target_ids + [tokenizer.eos_token_id]
-            rows.append({"input_ids": prompt_ids + labels[len(prompt_ids) :], "labels": labels})
+            row = {"index": number - 1, "input_ids": prompt_ids + labels[len(prompt_ids) :], "labels": labels}
+            rows.append(row)
     if faults:
         raise EditDataError("the edits as this model's tokenizer encodes them", faults)
     return Dataset.from_list(rows)
@@ -82,8 +83,11 @@ class EditCollator:
         def padded(values: list[int], fill: int) -> list[int]:
             return values + [fill] * (width - len(values))
 
-        return {  # each (batch, width)
+        batch = {  # each (batch, width)
             "input_ids": torch.tensor([padded(row["input_ids"], self.pad_token_id) for row in rows]),
             "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
             "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
         }
+        if "index" in rows[0]:
+            batch["index"] = torch.tensor([row["index"] for row in rows])  # (batch,)
+        return batch

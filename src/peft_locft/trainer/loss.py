@@ -40,7 +40,7 @@ def edit_losses(model: nn.Module, inputs: dict[str, torch.Tensor], keeps_logits:
     Returns:
         [`EditLosses`]: The losses.
     """
-    inputs = dict(inputs)
+    inputs = {name: value for name, value in inputs.items() if name != "index"}
     labels = inputs.pop("labels")  # (batch, seq)
     # The logits at one position predict the token at the next.
     predicts = F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)  # (batch, seq)

@@ -6,6 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .checks import check_breadth_first, check_output_dir, check_same_edits, fin
 from .config import EditConfig
 from .data import EditCollator, tokenize_edits
 from .loss import edit_losses, takes_logits_to_keep
+from .prefix_cache import PrefixCache, build_prefix_cache
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
 from .publishing import PublishingTrainer
 from .setup import (
@@ -163,6 +165,7 @@ class EditTrainer(PublishingTrainer):
         self.results: EditResults | None = None
         self._report: EditResults | None = None
         self._keeps_logits = takes_logits_to_keep(base_model)
+        self._cache: PrefixCache | None = None
         self._batch_loss = 0.0
         self._before: dict[EditSet, list[Answer]] = {}
         self._times: dict[str, float] = {}
@@ -200,10 +203,12 @@ class EditTrainer(PublishingTrainer):
         elif not self.state.global_step:
             check_output_dir(self.args.output_dir)
             set_seed(self.args.seed)
+        self._cache = self._build_cache()
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
             self.args.num_train_epochs = max_epochs
+            self._cache = None
         self._times["train"] = self._times.get("train", 0.0) + time.perf_counter() - start
         self.results = self._report = None  # what was evaluated before is not what was trained now
         self._attach_files()
@@ -229,8 +234,21 @@ class EditTrainer(PublishingTrainer):
             self.args.num_train_epochs = len(losses)
         return str(checkpoint)
 
+    def _build_cache(self) -> PrefixCache | None:
+        """Compute the layers below the lowest trained one, if that is asked for and exact."""
+        if not self.args.prefix_cache:
+            return None
+        with self.compute_loss_context_manager():
+            return build_prefix_cache(
+                self.model, self.train_dataset, self.data_collator, self.args, self._keeps_logits
+            )
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["index", "input_ids", "labels"]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses = edit_losses(model, inputs, self._keeps_logits)
+        with self._cache.entering(inputs) if self._cache is not None else nullcontext():
+            losses = edit_losses(model, inputs, self._keeps_logits)
         count = num_items_in_batch if num_items_in_batch is not None else len(losses.per_edit)
         # Averaging gradients over processes divides by their number, which the count of items has in it already.
         scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
@@ -269,8 +287,10 @@ class EditTrainer(PublishingTrainer):
                     part = getattr(module, name, None)
                     if isinstance(part, nn.Module):
                         part.train()
-            elif isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # itself only, not its children: checkpointing asks this flag
+            elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                # Itself only, not its children, because checkpointing asks this flag. Without checkpointing it must not
+                # be set: OPT's layers ask it too, for their dropout.
+                module.training = True
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int | None:
         # The items that are averaged over are edits, in all micro-batches and processes of one step.

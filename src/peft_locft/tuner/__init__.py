@@ -13,7 +13,7 @@ from .model import LocFTModel  # noqa: E402
 from .publishing import keep_card_on_push  # noqa: E402
 from .rounding import MergeCost, merge_report  # noqa: E402
 from .targets import default_module  # noqa: E402
-from .weights import num_layers  # noqa: E402
+from .weights import layer_index, layers_name, num_layers  # noqa: E402
 
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "MergeCost",
     "check_tokenizer",
     "default_module",
+    "layer_index",
+    "layers_name",
     "merge_report",
     "num_layers",
 ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_locft.trainer.data import EditCollator
+from peft_locft.trainer.batches import EditCollator
 from peft_locft.trainer.loss import edit_losses, takes_logits_to_keep
 
 
@@ -18,7 +18,7 @@ class FixedLogits(nn.Module):
         super().__init__()
         self.logits = logits
 
-    def forward(self, input_ids, attention_mask, logits_to_keep=None):
+    def forward(self, input_ids, attention_mask, use_cache, logits_to_keep=None):
         kept = self.logits if logits_to_keep is None else self.logits[logits_to_keep]
         return SimpleNamespace(logits=kept)
 
@@ -28,8 +28,8 @@ def test_mean_over_an_edits_target_tokens_then_over_edits(keeps_logits):
     # Vocabulary of 3. Edit one: prompt [0], target [1, 2]. Edit two: prompt [0, 0], target [1], one pad.
     batch = EditCollator(pad_token_id=0)(
         [
-            {"input_ids": [0, 1, 2], "labels": [-100, 1, 2]},
-            {"input_ids": [0, 0, 1, 2], "labels": [-100, -100, 1, 2]},
+            {"index": 0, "input_ids": [0, 1, 2], "labels": [-100, 1, 2]},
+            {"index": 1, "input_ids": [0, 0, 1, 2], "labels": [-100, -100, 1, 2]},
         ]
     )
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
@@ -50,7 +50,7 @@ def test_target_only_logits_give_the_loss_of_all_logits(make_model, architecture
     model = make_model(architecture)
     assert takes_logits_to_keep(model)
     torch.manual_seed(1)
-    rows = [{"input_ids": torch.randint(2, 300, (n,)).tolist(), "labels": None} for n in (5, 9, 7)]
+    rows = [{"index": n, "input_ids": torch.randint(2, 300, (n,)).tolist(), "labels": None} for n in (5, 9, 7)]
     for row in rows:
         row["labels"] = [-100] * 3 + row["input_ids"][3:]
     batch = EditCollator(pad_token_id=0)(rows)
@@ -61,7 +61,7 @@ def test_target_only_logits_give_the_loss_of_all_logits(make_model, architecture
 
 
 def test_gemmas_soft_capping_is_kept(make_model):
-    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]
+    rows = [{"index": 0, "input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]
     batch = EditCollator(pad_token_id=0)(rows)
     plain = edit_losses(make_model("gemma3"), batch, keeps_logits=True).per_edit
     capped = edit_losses(make_model("gemma3", final_logit_softcapping=1.0), batch, keeps_logits=True).per_edit

@@ -4,21 +4,22 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_locft import EditConfig, EditTrainer, LocFTConfig
-from peft_locft.trainer.data import EditCollator, tokenize_edits
+from peft_locft.trainer.data import tokenize_edits
 
 
 def test_in_a_plain_trainer(make_model, tokenizer, edits, tmp_path):
     model = get_peft_model(make_model(), LocFTConfig(layers=[1], target_modules=["mlp.down_proj"]))
+    tokenizer.pad_token = tokenizer.eos_token
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(tmp_path), num_train_epochs=20, learning_rate=0.05, report_to="none", disable_tqdm=True
         ),
         train_dataset=tokenize_edits(edits, tokenizer, None),
-        data_collator=EditCollator(0),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     before = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     trainer.train()

@@ -50,7 +50,7 @@ def record_batches(monkeypatch):
     original = EditTrainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        seen.append((int(self.state.epoch or 0), inputs["input_ids"].tolist(), inputs["attention_mask"].tolist()))
+        seen.append((int(self.state.epoch or 0), inputs["input_ids"].tolist(), inputs["position_ids"].tolist()))
         return original(self, model, inputs, num_items_in_batch)
 
     monkeypatch.setattr(EditTrainer, "training_step", training_step)
@@ -64,9 +64,14 @@ def epochs_of(seen, tokenizer, edits):
         for edit in edits
     }
     epochs = {}
-    for epoch, ids, masks in seen:
-        rows = [tuple(token for token, kept in zip(*row) if kept) for row in zip(ids, masks)]
-        epochs.setdefault(epoch, []).append([(known[row].prompt, known[row].target) for row in rows])
+    for epoch, ids, positions in seen:
+        pieces = []  # several edits share a row: each begins at position 0, and so does each pad
+        for token, position in ((t, p) for row in zip(ids, positions) for t, p in zip(*row)):
+            if position == 0:
+                pieces.append([])
+            pieces[-1].append(token)
+        batch = [known[tuple(piece)] for piece in pieces if len(piece) > 1]
+        epochs.setdefault(epoch, []).append([(edit.prompt, edit.target) for edit in batch])
     return list(epochs.values())
 
 

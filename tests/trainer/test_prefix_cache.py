@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MixtralConfig, TrainerCallback
 
 from peft_locft import EditConfig, EditTrainer, LocFTConfig
 from peft_locft.trainer.prefix_cache import find_prefix
@@ -21,6 +21,14 @@ FURTHER = {
     "falcon": FalconConfig(**SMALL, num_hidden_layers=3),
     "bloom": BloomConfig(**{key: SMALL[key] for key in ("hidden_size", "initializer_range")}, n_layer=3, n_head=4),
 }
+
+
+class WhileTraining(TrainerCallback):
+    def __init__(self, look):
+        self.look = look
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.look()
 
 
 @pytest.fixture
@@ -56,8 +64,7 @@ def train(build, tokenizer, edits, tmp_path):
             peft_config=peft_config or LocFTConfig(layers=[1]),
         )
         used = []
-        build_cache = trainer._build_cache
-        trainer._build_cache = lambda: used.append(build_cache()) or used[-1]
+        trainer.add_callback(WhileTraining(lambda: used.append(trainer.data_collator.cache)))
         trainer.train()
         losses = [entry["epoch_loss"] for entry in trainer.state.log_history if "epoch_loss" in entry]
         weights = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
@@ -92,7 +99,7 @@ def test_losses_and_deltas_are_those_of_the_plain_loop(architecture, config, tra
 def test_the_model_is_whole_again_afterwards(train, make_model):
     ids = torch.tensor([[5, 3, 7, 2]])
     trainer, cache, _, _ = train()
-    assert cache is not None and trainer._cache is None
+    assert cache is not None and trainer.data_collator.cache is None
     with trainer.model.disable_adapter():
         assert torch.equal(trainer.model(ids).logits, make_model()(ids).logits)
     assert not any("forward" in vars(module) for module in cache.prefix.below)
@@ -107,7 +114,7 @@ def test_the_layers_below_are_computed_once(train, make_model):
     _, cache, losses, _ = train(model=model, num_train_epochs=4)
     # Below: once for the cache and once to check it. From there on up: the check twice, and four batches in four epochs.
     assert len(losses) == 4 and counts == [2, 2 + 16]
-    assert cache.states.shape == (int(cache.starts[-1]), 64)
+    assert cache.store.shape == (int(cache.starts[-1]), 64)
 
 
 @pytest.mark.parametrize(

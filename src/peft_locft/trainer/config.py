@@ -50,9 +50,27 @@ class EditConfig(TrainingArguments):
             A batch whose mean loss is under this makes no step. `0` turns this off.
         stop_loss (`float`, *optional*, defaults to `0.01`):
             Training stops after an epoch whose mean loss is under this. `0` turns this off.
+        recheck_epochs (`int`, *optional*, defaults to `0`):
+            If more than 0, an edit whose loss was under `skip_loss` rests: it is left out of as many epochs, and then
+            visited again. Training stops only after an epoch that visited all. `0` visits all in every epoch, as the
+            paper does.
+
+        > Parameters that control speed and memory
+
         prefix_cache (`bool`, *optional*, defaults to `True`):
             Whether to compute the frozen layers below the lowest trained one only once for each edit, and to keep what
-            they say in memory: edits times tokens times the model's width. The losses are those of the plain loop.
+            they say: edits times tokens times the model's width. The losses are those of the plain loop.
+        prefix_cache_memory (`float`, *optional*, defaults to `4`):
+            How large the prefix cache may be to be held in memory, in GiB. A larger one is a file in the output
+            folder, which a run that was interrupted finds again, and which is deleted at the end of training.
+        frozen_dtype (`str`, *optional*):
+            What to hold frozen float32 weights in during training: `"bfloat16"`, `"float16"`, or `"auto"`, which is
+            bfloat16 where the hardware multiplies it faster than float32. The adapter, its gradients and the loss stay
+            float32. Defaults to the model's own dtype.
+        offload_prefix (`bool`, *optional*, defaults to `False`):
+            Whether to leave the layers below the lowest trained one outside the device: in the computer's memory, or
+            on disk if there is no accelerator. They are streamed in to build the prefix cache, are not needed in
+            training, and are streamed in again, slowly, by evaluation.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -62,6 +80,7 @@ class EditConfig(TrainingArguments):
     > - `learning_rate`: Defaults to an automatic rate instead of `5e-5`.
     > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
     > - `max_grad_norm`: Defaults to `0` (no clipping) instead of `1`.
+    > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`, which waits for the device in each step.
     > - `logging_strategy`: Defaults to `"epoch"` instead of `"steps"`.
     > - `save_strategy`: Defaults to `"epoch"` instead of `"steps"`.
     > - `save_total_limit`: Defaults to `2` instead of no limit.
@@ -82,6 +101,9 @@ class EditConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The schedule of the rate."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 for no clipping."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to leave NaN out of logged losses."}
+    )
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
     # Two, so that a run that is killed while it writes one still has the other.
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints to keep."})
@@ -106,9 +128,23 @@ class EditConfig(TrainingArguments):
     stop_loss: float = field(
         default=1e-2, metadata={"help": "Training stops after an epoch whose mean loss is under this."}
     )
+    recheck_epochs: int = field(
+        default=0, metadata={"help": "How many epochs a learned edit is left out of before it is visited again."}
+    )
 
+    # Parameters that control speed and memory
     prefix_cache: bool = field(
         default=True, metadata={"help": "Whether to compute the layers below the lowest trained one only once."}
+    )
+    prefix_cache_memory: float = field(
+        default=4.0, metadata={"help": "The largest prefix cache to hold in memory, in GiB. A larger one is a file."}
+    )
+    frozen_dtype: str | None = field(
+        default=None,
+        metadata={"help": "What to hold frozen float32 weights in during training: bfloat16, float16 or auto."},
+    )
+    offload_prefix: bool = field(
+        default=False, metadata={"help": "Whether to leave the layers below the lowest trained one on CPU or disk."}
     )
 
     def __post_init__(self):
@@ -116,6 +152,22 @@ class EditConfig(TrainingArguments):
         for name in ("skip_loss", "stop_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 (off) or more")
+        for name in ("recheck_epochs", "prefix_cache_memory"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more")
+        if self.frozen_dtype not in (None, "auto", "bfloat16", "float16"):
+            raise ValueError(
+                f"`frozen_dtype` is {self.frozen_dtype!r}, expected 'auto', 'bfloat16', 'float16' or None"
+            )
+        if self.recheck_epochs and (self.dataloader_num_workers or self.world_size > 1):
+            raise ValueError(
+                f"`recheck_epochs` is {self.recheck_epochs} with {self.dataloader_num_workers} data loader workers and "
+                f"{self.world_size} processes, expected 0 workers and 1 process, which know which edits rest"
+            )
+        if self.offload_prefix and not self.prefix_cache:
+            raise ValueError(
+                "`offload_prefix` is True with `prefix_cache=False`: then every step would stream the layers in anew"
+            )
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"`learning_rate` is {self.learning_rate}, expected more than 0, or None for automatic")
         if self.max_length is not None and self.max_length < 2:

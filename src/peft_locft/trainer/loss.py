@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .data import IGNORED
-
 
 class EditLosses(NamedTuple):
     """The losses of a batch of edits.
@@ -25,38 +23,44 @@ class EditLosses(NamedTuple):
     per_edit: torch.Tensor
     learned: torch.Tensor
 
+    @classmethod
+    def zeros(cls, edits: int, device: torch.device) -> EditLosses:
+        """Return the losses of edits that were not computed: 0, and learned."""
+        return cls(torch.zeros(edits, device=device), torch.ones(edits, dtype=torch.bool, device=device))
 
-def edit_losses(model: nn.Module, inputs: dict[str, torch.Tensor], keeps_logits: bool) -> EditLosses:
+
+def edit_losses(model: nn.Module, batch: dict[str, torch.Tensor], keeps_logits: bool) -> EditLosses:
     """Compute the losses of a batch, with logits at target positions only where the model can do that.
 
     Args:
         model (`torch.nn.Module`):
             The model.
-        inputs (`dict[str, torch.Tensor]`):
-            `input_ids`, `attention_mask` and `labels`, each of shape (batch, sequence).
+        batch (`dict[str, torch.Tensor]`):
+            What [`EditCollator`] made. An edit without tokens in it has no loss: 0.
         keeps_logits (`bool`):
             Whether the model takes `logits_to_keep` (see [`takes_logits_to_keep`]).
 
     Returns:
         [`EditLosses`]: The losses.
     """
-    inputs = {name: value for name, value in inputs.items() if name != "index"}
-    labels = inputs.pop("labels")  # (batch, seq)
-    # The logits at one position predict the token at the next.
-    predicts = F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)  # (batch, seq)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    targets, owners, edits = batch["targets"], batch["owners"], len(batch["index"])
+    # Without a cache of keys and values, which would have no use here and keeps packed edits from being told apart.
     if keeps_logits:
         # A boolean mask keeps the model's own scaling and soft-capping, and computes no other row of the vocabulary.
-        logits = model(**inputs, logits_to_keep=predicts).logits.reshape(int(predicts.sum()), -1)
+        logits = model(**inputs, use_cache=False, logits_to_keep=batch["predicts"]).logits
+        logits = logits.reshape(len(targets), -1)
     else:
-        logits = model(**inputs).logits[predicts]
+        logits = model(**inputs, use_cache=False).logits[batch["predicts"]]
     logits = logits.float()  # (tokens, vocab)
-    targets = labels[:, 1:][predicts[:, :-1]]  # (tokens,)
-    rows = predicts.nonzero()[:, 0]  # (tokens,), the edit that each token belongs to
-    counts = predicts.sum(dim=1)  # (batch,)
     token_losses = F.cross_entropy(logits, targets, reduction="none")  # (tokens,)
-    per_edit = token_losses.new_zeros(len(labels)).index_add(0, rows, token_losses) / counts
-    wrong = (logits.argmax(dim=-1) != targets).float()
-    return EditLosses(per_edit, wrong.new_zeros(len(labels)).index_add(0, rows, wrong) == 0)
+
+    def per_edit(values: torch.Tensor) -> torch.Tensor:  # (tokens,) -> (edits,), sums
+        return values.new_zeros(edits).index_add(0, owners, values)
+
+    counts = per_edit(torch.ones_like(token_losses)).clamp(min=1)
+    wrong = logits.detach().argmax(dim=-1) != targets
+    return EditLosses(per_edit(token_losses) / counts, per_edit(wrong.float()) == 0)
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:

@@ -7,9 +7,9 @@ layers would be wrong where a layer looks up by its index what kind of attention
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..tuner import layer_index, layers_name
+from .batches import EditCollator
 from .config import EditConfig
-from .loss import edit_losses
+from .exactness import warn_off
+from .state_store import StateStore, lengths_of, prefix_key
 
 
 class Prefix(NamedTuple):
@@ -66,53 +68,45 @@ class PrefixCache:
     Args:
         prefix ([`Prefix`]):
             Where the model is cut.
-        states (`torch.Tensor`):
-            Of shape (tokens, hidden), the edits one behind the other.
+        store ([`StateStore`]):
+            The states, in memory or in a file.
         starts (`torch.Tensor`):
-            Of shape (edits + 1,), where each edit begins.
-        outputs (`int`):
-            How many outputs a layer returns, in a tuple; 0 for a tensor alone.
+            Of shape (edits + 1,), where each edit begins among the stored tokens.
     """
 
-    def __init__(self, prefix: Prefix, states: torch.Tensor, starts: torch.Tensor, outputs: int):
+    def __init__(self, prefix: Prefix, store: StateStore, starts: torch.Tensor):
         self.prefix = prefix
-        self.outputs = outputs
-        self.states = states
+        self.store = store
         self.starts = starts
 
-    def batch(self, edits: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
-        """Return the states of some edits, padded on the right with zeros, which the attention mask hides.
+    def states_at(self, edits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the states of some tokens.
 
         Args:
-            edits (`Sequence[int]`):
-                The edits.
-            width (`int`):
-                The length of the batch, in tokens.
-            device (`torch.device`):
-                Where to put them.
+            edits (`torch.Tensor`):
+                The edit of each token, of shape (rows, width).
+            positions (`torch.Tensor`):
+                The tokens' places in these edits, of shape (rows, width).
 
         Returns:
-            `torch.Tensor`: Of shape (batch, width, hidden).
+            `torch.Tensor`: Of shape (rows, width, hidden).
         """
-        padded = torch.zeros(len(edits), width, self.states.shape[-1], dtype=self.states.dtype)
-        for place, edit in enumerate(edits):
-            start, end = int(self.starts[edit]), int(self.starts[edit + 1])
-            padded[place, : end - start] = self.states[start:end]
-        return padded.to(device, non_blocking=True)
+        return self.store.read(self.starts[edits] + positions)
 
     @contextmanager
-    def entering(self, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Within this context, the model's lower layers do nothing, and the lowest trained one gets the stored states.
+    def entering(self, states: torch.Tensor) -> Iterator[None]:
+        """Within this context, the model's lower layers do nothing, and the lowest trained one gets stored states.
 
         Args:
-            inputs (`dict[str, torch.Tensor]`):
-                A batch, with `index`, the edits' places, of shape (batch,), and `input_ids`, of shape (batch, width).
+            states (`torch.Tensor`):
+                The states of a batch, of shape (rows, width, hidden).
         """
-        ids = inputs["input_ids"]
-        states = self.batch(inputs["index"].tolist(), ids.shape[1], ids.device)
 
         def put_in(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+            # What was passed on from the embeddings has the dtype that the model computes in at present.
+            if args:
+                return (states.to(args[0].dtype), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": states.to(kwargs["hidden_states"].dtype)}
 
         handle = self.prefix.first.register_forward_pre_hook(put_in, with_kwargs=True)
         own = [layer.__dict__.get("forward") for layer in self.prefix.below]  # accelerate's hooks put one there
@@ -129,7 +123,8 @@ class PrefixCache:
                     layer.forward = forward
 
     def _pass_on(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
-        return (hidden_states, *[None] * (self.outputs - 1)) if self.outputs else hidden_states
+        outputs = self.store.outputs
+        return (hidden_states, *[None] * (outputs - 1)) if outputs else hidden_states
 
 
 class _Reached(Exception):
@@ -139,13 +134,13 @@ class _Reached(Exception):
         self.states = states
 
 
-def _entering(model: nn.Module, prefix: Prefix, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _entering(model: nn.Module, prefix: Prefix, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
         raise _Reached(args[0] if args else kwargs["hidden_states"])
 
     handle = prefix.first.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     except _Reached as reached:
         return reached.states
     finally:
@@ -154,54 +149,39 @@ def _entering(model: nn.Module, prefix: Prefix, ids: torch.Tensor, mask: torch.T
 
 
 def build_prefix_cache(
-    model: PeftModel,
-    dataset: Dataset,
-    collator: Callable[[list[dict]], dict[str, torch.Tensor]],
-    args: EditConfig,
-    keeps_logits: bool,
+    model: PeftModel, dataset: Dataset, args: EditConfig, pad_token_id: int, dtype: torch.dtype | None = None
 ) -> PrefixCache | None:
-    """Build the cache, and check that it is exact.
+    """Build the cache, or read the one that an interrupted run left.
 
     Args:
         model ([`~peft.PeftModel`]):
-            The model.
+            The model, in evaluation mode.
         dataset ([`~datasets.Dataset`]):
             The tokenised edits.
-        collator (`Callable`):
-            Makes a batch of some of them.
         args ([`EditConfig`]):
             The training arguments.
-        keeps_logits (`bool`):
-            Whether the model takes `logits_to_keep`.
+        pad_token_id (`int`):
+            What stands in the padding.
+        dtype (`torch.dtype`, *optional*):
+            What to keep the states in. Defaults to what the model says.
 
     Returns:
-        [`PrefixCache`] or `None`: `None` where there is nothing to gain, and with a warning where it would not be
-        exact.
+        [`PrefixCache`] or `None`: `None` where there is nothing to gain, and with a warning where it cannot be built.
     """
-    reason = _obstacle(model, args)
-    prefix = find_prefix(model) if reason is None and isinstance(model, PeftModel) else None
-    if prefix is None:
-        if reason is not None:
-            warnings.warn(f"the prefix cache is off, and training slower: {reason}", stacklevel=2)
-        return None
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        cache = _build(model, prefix, dataset, args.per_device_eval_batch_size, not args.disable_tqdm)
-        if not _is_exact(model, cache, dataset, collator, keeps_logits):
-            reason = "with it, this model's losses are others, so its layers say more to each other than hidden states"
-    except (RuntimeError, TypeError, KeyError, AttributeError, IndexError) as error:
-        reason = f"this model's layers cannot be cut ({type(error).__name__}: {error})"
-    finally:
-        for module, training in was_training.items():
-            module.training = training
-    if reason is not None:
-        warnings.warn(f"the prefix cache is off, and training slower: {reason}", stacklevel=2)
-        return None
-    return cache
+    reason = _obstacle(args)
+    if reason is None:
+        prefix = find_prefix(model)
+        if prefix is None:
+            return None
+        try:
+            return _build(model, prefix, dataset, args, pad_token_id, dtype)
+        except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, OSError) as error:
+            reason = f"this model's layers cannot be cut ({type(error).__name__}: {error})"
+    warn_off(reason)
+    return None
 
 
-def _obstacle(model: nn.Module, args: EditConfig) -> str | None:
+def _obstacle(args: EditConfig) -> str | None:
     if args.neftune_noise_alpha:
         return "NEFTune adds new noise to the embeddings in each epoch"
     if args.gradient_checkpointing:
@@ -212,50 +192,45 @@ def _obstacle(model: nn.Module, args: EditConfig) -> str | None:
 
 
 @torch.no_grad()
-def _build(model: PeftModel, prefix: Prefix, dataset: Dataset, batch_size: int, show_progress: bool) -> PrefixCache:
-    rows = dataset["input_ids"]
-    lengths = torch.tensor([len(row) for row in rows])
+def _build(
+    model: PeftModel,
+    prefix: Prefix,
+    dataset: Dataset,
+    args: EditConfig,
+    pad_token_id: int,
+    dtype: torch.dtype | None,
+) -> PrefixCache:
+    lengths = lengths_of(dataset)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    order = torch.argsort(lengths, stable=True).tolist()  # so that batches have little padding
-    states: torch.Tensor | None = None
+    collator = EditCollator(pad_token_id)
+    order = torch.argsort(lengths, stable=True)  # so that batches have little padding
     outputs: list[int] = []
     counting = prefix.below[-1].register_forward_hook(
         lambda module, args, output: outputs.append(len(output) if isinstance(output, tuple) else 0)
     )
-    batches = range(0, len(order), batch_size)
-    for begin in tqdm(batches, desc="Computing the layers below", disable=not show_progress, leave=False):
-        chosen = order[begin : begin + batch_size]
-        width = int(lengths[chosen].max())
-        ids = torch.zeros(len(chosen), width, dtype=torch.long)
-        mask = torch.zeros(len(chosen), width, dtype=torch.long)
-        for place, row in enumerate(chosen):
-            ids[place, : lengths[row]] = torch.tensor(rows[row])
-            mask[place, : lengths[row]] = 1
-        entering = _entering(
-            model, prefix, ids.to(model.device), mask.to(model.device)
-        ).cpu()  # (batch, width, hidden)
-        if states is None:
-            states = torch.empty(int(starts[-1]), entering.shape[-1], dtype=entering.dtype)
-        for place, row in enumerate(chosen):
-            states[starts[row] : starts[row + 1]] = entering[place, : lengths[row]]
-    counting.remove()
-    return PrefixCache(prefix, states, starts, outputs[-1])
-
-
-@torch.no_grad()
-def _is_exact(
-    model: PeftModel,
-    cache: PrefixCache,
-    dataset: Dataset,
-    collator: Callable[[list[dict]], dict[str, torch.Tensor]],
-    keeps_logits: bool,
-) -> bool:
-    """Compare the losses of some edits, of different lengths, with those of the whole model."""
-    batch = collator([dataset[row] for row in range(min(8, len(dataset)))])
-    batch = {name: value.to(model.device) for name, value in batch.items()}
-    plain = edit_losses(model, batch, keeps_logits).per_edit
-    with cache.entering(batch):
-        cached = edit_losses(model, batch, keeps_logits).per_edit
-    # In 16 bits, other batches than those that the states were computed in round in other ways.
-    tolerance = 1e-4 if cache.states.dtype in (torch.float32, torch.float64) else 5e-2
-    return torch.allclose(plain, cached, rtol=tolerance, atol=tolerance)
+    store: StateStore | None = None
+    batches = tqdm(
+        order.split(args.per_device_eval_batch_size),
+        desc="Computing the layers below",
+        disable=args.disable_tqdm,
+        leave=False,
+    )
+    try:
+        for chosen in batches:
+            columns = dataset[chosen.tolist()]
+            batch = collator([dict(zip(columns, values)) for values in zip(*columns.values())])
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            states = _entering(model, prefix, batch)[batch["attention_mask"].bool()]  # (tokens, hidden)
+            if store is None:
+                shape = (int(starts[-1]), states.shape[-1])
+                store = StateStore(shape, dtype or states.dtype, outputs[-1])
+                if store.bytes > args.prefix_cache_memory * 2**30:
+                    folder = Path(args.output_dir)
+                    if store.open_file(folder, prefix_key(model, prefix.first, dataset)):
+                        break  # an interrupted run computed them
+            tokens = torch.cat([torch.arange(starts[edit], starts[edit + 1]) for edit in chosen.tolist()])
+            store.write(tokens, states)
+    finally:
+        counting.remove()
+    store.finish()
+    return PrefixCache(prefix, store, starts)

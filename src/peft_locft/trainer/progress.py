@@ -75,16 +75,18 @@ class EpochEndCallback(TrainerCallback):
             return
         loss = progress.loss / progress.edits
         should_log = control.should_log
-        self.trainer.log(
-            {
-                "epoch_loss": loss,
-                "edits_learned": progress.learned,
-                "edits_visited": progress.edits,
-                "batches_skipped": progress.skipped,
-            }
-        )
+        logs = {
+            "epoch_loss": loss,
+            "edits_learned": progress.learned,
+            "edits_visited": progress.edits,
+            "batches_skipped": progress.skipped,
+        }
+        if args.recheck_epochs:
+            logs["edits_resting"] = int(self.trainer.resting.now.sum())
+        self.trainer.log(logs)
         control.should_log = should_log  # logging clears it, and the Trainer's own record of the epoch is still due
-        if loss < args.stop_loss:
+        all_visited = self.trainer.resting.end_epoch(loss)
+        if loss < args.stop_loss and all_visited:
             control.should_training_stop = True
             # Without this, a run that stops between two checkpoints would leave none of its last state.
             control.should_save = args.save_strategy != "no"

@@ -6,15 +6,11 @@ import copy
 import os
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,19 +18,19 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..edits import EditSet, load_edits
 from ..evaluation import METRICS, Answer, EditResults, evaluate_edits
 from ..location import default_location
 from ..tuner import LocFTConfig, check_tokenizer
-from .checks import check_breadth_first, check_output_dir, check_same_edits, find_checkpoint, read_state
+from .batches import EditCollator
+from .breadth_first import BreadthFirstTrainer
+from .checks import check_breadth_first
 from .config import EditConfig
-from .data import EditCollator, tokenize_edits
-from .loss import edit_losses, takes_logits_to_keep
-from .prefix_cache import PrefixCache, build_prefix_cache
+from .data import tokenize_edits
+from .loss import takes_logits_to_keep
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
-from .publishing import PublishingTrainer
+from .resting import Resting
 from .setup import (
     automatic_batch_size,
     automatic_learning_rate,
@@ -46,7 +42,7 @@ from .setup import (
 )
 
 
-class EditTrainer(PublishingTrainer):
+class EditTrainer(BreadthFirstTrainer):
     """
     Trainer that teaches a language model edits, breadth-first: in epochs of shuffled mini-batches over all edits
     (LocFT-BF, [arXiv 2509.22072](https://arxiv.org/abs/2509.22072)).
@@ -162,10 +158,10 @@ class EditTrainer(PublishingTrainer):
         # `compute_loss` divides by the edits of the whole accumulated batch, so the Trainer must not scale again.
         self.loss_is_scaled_for_ga = True
         self.progress = EpochProgress()
+        self.resting = Resting(len(self.edits), args)
         self.results: EditResults | None = None
         self._report: EditResults | None = None
         self._keeps_logits = takes_logits_to_keep(base_model)
-        self._cache: PrefixCache | None = None
         self._batch_loss = 0.0
         self._before: dict[EditSet, list[Answer]] = {}
         self._times: dict[str, float] = {}
@@ -173,131 +169,6 @@ class EditTrainer(PublishingTrainer):
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(EditProgressBar)
-
-    # ---- Training ----
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """
-        Train on all edits until the epoch's mean loss is small or the epochs are used up.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint to go on from, or `True` for the newest complete one in `args.output_dir`. The result is
-                the same as that of a run that was never interrupted.
-            kwargs (`dict`, *optional*):
-                Passed on to [`~transformers.Trainer.train`].
-
-        Returns:
-            [`~transformers.trainer_utils.TrainOutput`]: The number of steps, the mean loss and metrics.
-
-        Raises:
-            `FileExistsError`: If the output folder holds another run.
-            `FileNotFoundError`: If there is no complete checkpoint to go on from.
-            `ValueError`: If a checkpoint was made with other edits.
-        """
-        start = time.perf_counter()
-        max_epochs = self.args.num_train_epochs
-        self.progress = EpochProgress()
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._prepare_resume(resume_from_checkpoint)
-        elif not self.state.global_step:
-            check_output_dir(self.args.output_dir)
-            set_seed(self.args.seed)
-        self._cache = self._build_cache()
-        try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        finally:
-            self.args.num_train_epochs = max_epochs
-            self._cache = None
-        self._times["train"] = self._times.get("train", 0.0) + time.perf_counter() - start
-        self.results = self._report = None  # what was evaluated before is not what was trained now
-        self._attach_files()
-        return output
-
-    def _prepare_resume(self, resume_from_checkpoint: str | bool) -> str:
-        checkpoint = (
-            find_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-        )
-        state = read_state(checkpoint)
-        if state is None:
-            raise FileNotFoundError(
-                f"{checkpoint} is no complete checkpoint: it has no readable trainer_state.json. Give another one, or "
-                "`True` for the newest complete one in the output folder"
-            )
-        check_same_edits(checkpoint, self.edits)
-        self.progress = EpochProgress.load(checkpoint)
-        losses = [entry["epoch_loss"] for entry in state["log_history"] if "epoch_loss" in entry]
-        if self.progress.edits == len(self.edits):  # saved at the last step of an epoch, before the epoch was closed
-            losses.append(self.progress.loss / self.progress.edits)
-        if losses and losses[-1] < self.args.stop_loss and self.progress.edits in (0, len(self.edits)):
-            # The run was killed after its last epoch: nothing is left to train, only to load.
-            self.args.num_train_epochs = len(losses)
-        return str(checkpoint)
-
-    def _build_cache(self) -> PrefixCache | None:
-        """Compute the layers below the lowest trained one, if that is asked for and exact."""
-        if not self.args.prefix_cache:
-            return None
-        with self.compute_loss_context_manager():
-            return build_prefix_cache(
-                self.model, self.train_dataset, self.data_collator, self.args, self._keeps_logits
-            )
-
-    def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["index", "input_ids", "labels"]
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with self._cache.entering(inputs) if self._cache is not None else nullcontext():
-            losses = edit_losses(model, inputs, self._keeps_logits)
-        count = num_items_in_batch if num_items_in_batch is not None else len(losses.per_edit)
-        # Averaging gradients over processes divides by their number, which the count of items has in it already.
-        scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
-        loss = losses.per_edit.sum() * (scale / count)
-        return (loss, losses) if return_outputs else loss
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self._train_mode(model)
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss, losses = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        # Summed over processes, so that all of them agree on whether to step.
-        count = losses.per_edit.new_tensor(len(losses.per_edit))
-        sums = torch.stack([losses.per_edit.detach().sum(), losses.learned.sum().float(), count])
-        loss_sum, learned, edits = self.accelerator.reduce(sums, "sum").tolist()
-        self.progress.add(loss_sum, int(learned), int(edits))
-        self._batch_loss += loss_sum / (num_items_in_batch or edits)
-        step_is_due = self.accelerator.sync_gradients
-        if step_is_due and self._batch_loss < self.args.skip_loss:
-            # Gradients of None leave weights and moments as they are; gradients of zero would still move them.
-            model.zero_grad(set_to_none=True)
-            self.progress.skipped += 1
-        else:
-            self.accelerator.backward(loss)
-        if step_is_due:
-            self._batch_loss = 0.0
-        return loss.detach()
-
-    @staticmethod
-    def _train_mode(model: nn.Module) -> None:
-        """Train the adapter with the base model in evaluation mode: dropout in frozen weights would teach nothing."""
-        model.eval()
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                for name in module.adapter_layer_names + module.other_param_names:
-                    part = getattr(module, name, None)
-                    if isinstance(part, nn.Module):
-                        part.train()
-            elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                # Itself only, not its children, because checkpointing asks this flag. Without checkpointing it must not
-                # be set: OPT's layers ask it too, for their dropout.
-                module.training = True
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int | None:
-        # The items that are averaged over are edits, in all micro-batches and processes of one step.
-        count = torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
-        return int(self.accelerator.reduce(count, "sum"))
-
-    # ---- Evaluation ----
 
     def evaluate(
         self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -1,0 +1,109 @@
+"""From tokens to batches, several edits to a row."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from .data import IGNORED
+
+
+if TYPE_CHECKING:
+    from .prefix_cache import PrefixCache
+
+
+class EditCollator:
+    """Lay edits out as rows of tokens. Nothing is said at the padding, so no pad token has to be added.
+
+    Args:
+        pad_token_id (`int`):
+            What stands in the padding; any token will do.
+
+    Attributes:
+        packed (`bool`):
+            Whether several edits share a row, one behind the other, each with positions of its own. Else each has a row.
+        cache ([`PrefixCache`], *optional*):
+            Where the states that enter the lowest trained layer are taken from.
+        resting (`torch.Tensor` of shape `(edits,)`, *optional*):
+            Which edits are left out of the rows. Their losses count as they last were.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+        self.packed = False
+        self.cache: PrefixCache | None = None
+        self.resting: torch.Tensor | None = None
+
+    def __call__(self, edits: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Return a batch.
+
+        Args:
+            edits (`Sequence[dict]`):
+                Rows of [`tokenize_edits`].
+
+        Returns:
+            `dict[str, torch.Tensor]`: `input_ids` and `predicts` (whether the token after is one of a target), each of
+            shape (rows, width), with `position_ids` if edits share rows, else with `attention_mask`; `targets` and
+            `owners`, of shape (target tokens,): the tokens to predict, and the edit each belongs to; `index`, of shape
+            (edits,): the edits' places, those that rest at the end; with a cache, `states` of shape (rows, width, hidden).
+        """
+        if self.resting is not None:
+            edits = sorted(edits, key=lambda edit: bool(self.resting[edit["index"]]))  # stable, so the order stays
+        index = torch.tensor([edit["index"] for edit in edits])  # (edits,)
+        awake = len(edits) - (int(self.resting[index].sum()) if self.resting is not None else 0)
+        ids = [torch.as_tensor(edit["input_ids"], dtype=torch.long) for edit in edits[:awake]]
+        lengths = [len(edit) for edit in ids]
+        rows = pack(lengths) if self.packed else [[number] for number in range(awake)]
+        width = max((sum(lengths[number] for number in row) for row in rows), default=0)
+        input_ids = torch.full((len(rows), width), self.pad_token_id)  # this and the next, (rows, width)
+        labels = torch.full((len(rows), width), IGNORED)
+        owners, positions, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
+        for row, members in enumerate(rows):
+            end = 0
+            for number in members:
+                place = (row, slice(end, end := end + lengths[number]))
+                input_ids[place] = ids[number]
+                labels[place] = torch.as_tensor(edits[number]["labels"], dtype=torch.long)
+                owners[place] = number
+                positions[place] = torch.arange(lengths[number])
+                mask[place] = 1
+        # The logits at one position predict the token at the next.
+        predicts = F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
+        batch = {
+            "input_ids": input_ids,
+            "predicts": predicts,
+            "targets": labels.roll(-1, dims=1)[predicts],
+            "owners": owners[predicts],
+            "index": index,
+        }
+        batch |= {"position_ids": positions} if self.packed else {"attention_mask": mask}
+        if self.cache is not None:
+            batch["states"] = self.cache.states_at(index[owners], positions)
+        return batch
+
+
+# Wide enough for several edits, narrow enough that attention across a row, which is masked out, costs next to nothing.
+_ROW_WIDTH = 128
+
+
+def pack(lengths: Sequence[int]) -> list[list[int]]:
+    """Share edits out among rows of nearly the same length: the longest left goes to the emptiest row.
+
+    Args:
+        lengths (`Sequence[int]`):
+            The edits' lengths, in tokens.
+
+    Returns:
+        `list[list[int]]`: For each row, the places of its edits in `lengths`.
+    """
+    if not lengths:
+        return []
+    rows = [(0, row, []) for row in range(-(-sum(lengths) // max(_ROW_WIDTH, *lengths)))]
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        filled, row, members = heapq.heappop(rows)
+        heapq.heappush(rows, (filled + lengths[number], row, [*members, number]))
+    return [members for _, _, members in sorted(rows, key=lambda entry: entry[1])]

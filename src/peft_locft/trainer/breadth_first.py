@@ -1,0 +1,178 @@
+"""The loop of LocFT-BF: epochs of shuffled mini-batches over all edits, until all are learned."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .checks import check_output_dir, check_same_edits, find_checkpoint, read_state
+from .exactness import choose_layout
+from .loss import EditLosses, edit_losses
+from .precision import frozen_dtype, frozen_weights_in
+from .prefix_cache import build_prefix_cache
+from .progress import EpochProgress
+from .publishing import PublishingTrainer
+from .resting import Resting
+
+
+class BreadthFirstTrainer(PublishingTrainer):
+    """The part of [`EditTrainer`] that trains."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        Train on all edits until the epoch's mean loss is small or the epochs are used up.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint to go on from, or `True` for the newest complete one in `args.output_dir`. The result is
+                the same as that of a run that was never interrupted.
+            kwargs (`dict`, *optional*):
+                Passed on to [`~transformers.Trainer.train`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: The number of steps, the mean loss and metrics.
+
+        Raises:
+            `FileExistsError`: If the output folder holds another run.
+            `FileNotFoundError`: If there is no complete checkpoint to go on from.
+            `ValueError`: If a checkpoint was made with other edits.
+        """
+        start = time.perf_counter()
+        max_epochs = self.args.num_train_epochs
+        self.progress = EpochProgress()
+        self.resting = Resting(len(self.edits), self.args)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._prepare_resume(resume_from_checkpoint)
+        elif not self.state.global_step:
+            check_output_dir(self.args.output_dir)
+            set_seed(self.args.seed)
+        with ExitStack() as stack:
+            self._prepare_batches(stack)
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            finally:
+                self.args.num_train_epochs = max_epochs
+                cache, self.data_collator.cache = self.data_collator.cache, None
+        if cache is not None:
+            cache.store.delete()  # only a run that was interrupted needs its file again
+        self._times["train"] = self._times.get("train", 0.0) + time.perf_counter() - start
+        self.results = self._report = None  # what was evaluated before is not what was trained now
+        self._attach_files()
+        return output
+
+    def _prepare_resume(self, resume_from_checkpoint: str | bool) -> str:
+        checkpoint = (
+            find_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+        )
+        state = read_state(checkpoint)
+        if state is None:
+            raise FileNotFoundError(
+                f"{checkpoint} is no complete checkpoint: it has no readable trainer_state.json. Give another one, or "
+                "`True` for the newest complete one in the output folder"
+            )
+        check_same_edits(checkpoint, self.edits)
+        self.progress = EpochProgress.load(checkpoint)
+        self.resting.load(checkpoint)
+        losses = [entry["epoch_loss"] for entry in state["log_history"] if "epoch_loss" in entry]
+        if self.progress.edits == len(self.edits):  # saved at the last step of an epoch, before the epoch was closed
+            losses.append(self.progress.loss / self.progress.edits)
+        was_last = losses and losses[-1] < self.args.stop_loss and self.progress.edits in (0, len(self.edits))
+        all_visited = not self.resting.now.any() if self.progress.edits else not self.resting.epochs
+        if was_last and all_visited:
+            # The run was killed after its last epoch: nothing is left to train, only to load.
+            self.args.num_train_epochs = len(losses)
+        return str(checkpoint)
+
+    def _prepare_batches(self, stack: ExitStack) -> None:
+        """Choose the fastest way to compute the losses that is exact for this model."""
+        model, collator = self.model, self.data_collator
+        dtype = frozen_dtype(self.args, model)
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with self.compute_loss_context_manager():
+                cache = None
+                if self.args.prefix_cache:
+                    cache = build_prefix_cache(model, self.train_dataset, self.args, collator.pad_token_id, dtype)
+                # NEFTune's noise depends on how long a row is.
+                may_pack = not self.args.neftune_noise_alpha
+                choose_layout(model, self.train_dataset, collator, cache, self._keeps_logits, may_pack)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        collator.resting = self.resting.now if self.args.recheck_epochs else None
+        if dtype is not None:
+            below = collator.cache.prefix.below if collator.cache is not None else []
+            stack.enter_context(frozen_weights_in(dtype, model, below))
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["index", "input_ids", "labels"]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        cache = self.data_collator.cache
+        with cache.entering(inputs["states"]) if cache is not None else nullcontext():
+            losses = edit_losses(model, inputs, self._keeps_logits)
+        count = num_items_in_batch if num_items_in_batch is not None else len(losses.per_edit)
+        # Averaging gradients over processes divides by their number, which the count of items has in it already.
+        scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
+        loss = losses.per_edit.sum() * (scale / count)
+        return (loss, losses) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._train_mode(model)
+        inputs = self._prepare_inputs(inputs)
+        if len(inputs["input_ids"]):
+            with self.compute_loss_context_manager():
+                loss, losses = self.compute_loss(
+                    model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+                )
+        else:  # all edits of this batch rest
+            loss, losses = None, EditLosses.zeros(len(inputs["index"]), self.args.device)
+        if self.args.recheck_epochs:
+            losses = self.resting.complete(inputs["index"], losses)
+        # Summed over processes, so that all of them agree on whether to step.
+        count = losses.per_edit.new_tensor(len(losses.per_edit))
+        sums = torch.stack([losses.per_edit.detach().sum(), losses.learned.sum().float(), count])
+        # The one wait for the device in a step: whether there is a step depends on it.
+        loss_sum, learned, edits = self.accelerator.reduce(sums, "sum").tolist()
+        self.progress.add(loss_sum, int(learned), int(edits))
+        self._batch_loss += loss_sum / (num_items_in_batch or edits)
+        step_is_due = self.accelerator.sync_gradients
+        if step_is_due and self._batch_loss < self.args.skip_loss:
+            # Gradients of None leave weights and moments as they are; gradients of zero would still move them.
+            model.zero_grad(set_to_none=True)
+            self.progress.skipped += 1
+        elif loss is not None:
+            self.accelerator.backward(loss)
+        if step_is_due:
+            self._batch_loss = 0.0
+        return loss.detach() if loss is not None else sums.new_zeros(())
+
+    @staticmethod
+    def _train_mode(model: nn.Module) -> None:
+        """Train the adapter with the base model in evaluation mode: dropout in frozen weights would teach nothing."""
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                for name in module.adapter_layer_names + module.other_param_names:
+                    part = getattr(module, name, None)
+                    if isinstance(part, nn.Module):
+                        part.train()
+            elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                # Itself only, not its children, because checkpointing asks this flag. Without checkpointing it must not
+                # be set: OPT's layers ask it too, for their dropout.
+                module.training = True
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int | None:
+        # The items that are averaged over are edits, in all micro-batches and processes of one step.
+        count = sum(len(batch["index"]) for batch in batch_samples)
+        if self.args.world_size == 1:
+            return count
+        return int(self.accelerator.reduce(torch.tensor(count, device=device), "sum"))

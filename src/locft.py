@@ -12,6 +12,7 @@ import sys
 
 
 VERBS = {
+    "plan": "tell what an edit will take, and which card has room for it, before a model is loaded",
     "edit": "teach a model a file of edits, and write adapter, results and card",
     "evaluate": "score an adapter's edits, before and after",
     "export": "make an adapter smaller, a LoRA, or a merged model, and tell what that costs",
@@ -55,6 +56,7 @@ def _help() -> str:
             "",
             *(f"  {verb:<{width}}  {meaning}" for verb, meaning in VERBS.items()),
             "",
+            "  locft plan --model M --layers 22 --edits 1000",
             "  locft edit --model M --edits edits.jsonl --output capitals",
             "  locft evaluate --adapter capitals",
             "  locft export --adapter capitals --output capitals-lora --format lora --rank 64",

@@ -8,6 +8,7 @@ from .edits import Edit, EditConflictError, EditDataError, EditError, EditSet, P
 from .evaluation import EditResults, evaluate_edits, load_results, plot_results
 from .hub import ExportReport, load_adapter, save_as_lora, save_compressed
 from .location import default_location
+from .planning import Plan, plan_edit
 from .trainer import EditConfig, EditTrainer
 from .tuner import BaseMismatchWarning, LocFTConfig, LocFTModel, MergeCost, merge_report
 
@@ -28,6 +29,7 @@ __all__ = [
     "LocFTConfig",
     "LocFTModel",
     "MergeCost",
+    "Plan",
     "Probe",
     "default_location",
     "evaluate_edits",
@@ -35,6 +37,7 @@ __all__ = [
     "load_edits",
     "load_results",
     "merge_report",
+    "plan_edit",
     "plot_results",
     "save_as_lora",
     "save_compressed",

@@ -1,5 +1,7 @@
 """LocFTConfig in other people's trainers, and other PEFT configs in ours."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -12,6 +14,7 @@ from peft_locft.trainer.data import tokenize_edits
 
 def test_in_a_plain_trainer(make_model, tokenizer, edits, tmp_path):
     model = get_peft_model(make_model(), LocFTConfig(layers=[1], target_modules=["mlp.down_proj"]))
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     trainer = Trainer(
         model=model,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import islice
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +22,7 @@ def print_results(results: EditResults, most_edits: int = 8) -> None:
             How many edits to show.
     """
     console = Console()
-    shown = [row for row in results.rows if row["metric"] == "reliability"][:most_edits]
+    shown = islice((row for row in results.rows if row["metric"] == "reliability"), most_edits)
     answers = Table(title="Some of the edits", title_justify="left")
     for name in ("prompt", "before", "after", "expected"):
         answers.add_column(name, overflow="fold")
@@ -37,10 +40,10 @@ def print_results(results: EditResults, most_edits: int = 8) -> None:
     for name in ("score", "before", "after", "questions"):
         scores.add_column(name, justify="left" if name == "score" else "right")
     before, after = results.before, results.after
+    counts = Counter(row["metric"] for row in results.rows)
     for metric in METRICS:
         if after[metric] is not None:
-            count = sum(row["metric"] == metric for row in results.rows)
-            scores.add_row(metric, f"{before[metric]:.2f}", Text(f"{after[metric]:.2f}", "bold"), str(count))
+            scores.add_row(metric, f"{before[metric]:.2f}", Text(f"{after[metric]:.2f}", "bold"), str(counts[metric]))
     console.print(scores)
 
 

@@ -58,7 +58,7 @@ class EditCollator:
         ids = [torch.as_tensor(edit["input_ids"], dtype=torch.long) for edit in edits[:awake]]
         lengths = [len(edit) for edit in ids]
         rows = pack(lengths) if self.packed else [[number] for number in range(awake)]
-        width = max((sum(lengths[number] for number in row) for row in rows), default=0)
+        width = max((sum(lengths[number] for number in row) for row in rows), default=1)
         input_ids = torch.full((len(rows), width), self.pad_token_id)  # this and the next, (rows, width)
         labels = torch.full((len(rows), width), IGNORED)
         owners, positions, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))

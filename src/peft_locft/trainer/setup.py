@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet, load_edits
 from ..tuner import LocFTLayer
 from .config import EditConfig
+from .offload import load_with_prefix_offloaded
 
 
 # Llama-3-8B's rate and the width of its down projection, and the batch (LocFT-BF, appendix on hyperparameters).
@@ -59,11 +60,15 @@ def load_eval_edits(source: Any) -> EditSet | dict[str, EditSet] | None:
     return load_edits(source)
 
 
-def load_model(name: str, args: EditConfig, tokenizer: PreTrainedTokenizerBase | None):
+def load_model(
+    name: str, args: EditConfig, tokenizer: PreTrainedTokenizerBase | None, peft_config: PeftConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model by name, and its tokenizer unless one is given."""
     kwargs = dict(args.model_init_kwargs or {})
     shared = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, **shared)
+    if args.offload_prefix:
+        return load_with_prefix_offloaded(name, args, peft_config), tokenizer
     return AutoModelForCausalLM.from_pretrained(name, **kwargs), tokenizer
 
 

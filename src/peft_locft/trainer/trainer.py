@@ -29,6 +29,7 @@ from .checks import check_breadth_first
 from .config import EditConfig
 from .data import tokenize_edits
 from .loss import takes_logits_to_keep
+from .offload import offload_prefix
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
 from .resting import Resting
 from .setup import (
@@ -118,7 +119,7 @@ class EditTrainer(BreadthFirstTrainer):
 
         set_seed(args.seed)  # so that an adapter with a random start, such as LoRA, is repeatable too
         if isinstance(model, str):
-            model, processing_class = load_model(model, args, processing_class)
+            model, processing_class = load_model(model, args, processing_class, peft_config)
         elif processing_class is None:
             processing_class = load_tokenizer(model)
         base_model = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -140,6 +141,8 @@ class EditTrainer(BreadthFirstTrainer):
             )
         if isinstance(model.active_peft_config, LocFTConfig):
             check_tokenizer(model.active_peft_config, processing_class, remember=True)
+        if args.offload_prefix and not hasattr(base_model, "hf_device_map"):
+            offload_prefix(model, args)
         if args.learning_rate is None:
             args.learning_rate = automatic_learning_rate(model)
 

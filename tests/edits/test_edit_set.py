@@ -149,6 +149,29 @@ def test_jsonl_leaves_empty_fields_out():
     assert rest == ""
 
 
+def test_jsonl_is_that_of_each_edit_alone(edits):
+    assert "".join(edits.iter_jsonl()) == edits.to_jsonl() == "".join(EditSet([edit]).to_jsonl() for edit in edits)
+
+
+@pytest.mark.parametrize("content", ["text\nof lines\n", ["text", "\nof ", "lines\n"]])
+def test_a_text_may_be_written_whole_or_in_pieces(tmp_path, content):
+    write_atomically(tmp_path / "x.txt", content)
+    assert (tmp_path / "x.txt").read_text() == "text\nof lines\n"
+
+
+def test_edits_are_written_as_json_lines(edits, tmp_path):
+    write_atomically(tmp_path / "x", edits)
+    assert (tmp_path / "x").read_text(encoding="utf-8") == edits.to_jsonl()
+
+
+def test_different_texts_of_one_hash_do_not_clash(monkeypatch):
+    monkeypatch.setattr("peft_locft.edits.edit_set.hash", lambda text: 7, raising=False)
+    edits = EditSet([FULL, PLAIN, THIRD])
+    assert list(edits) == [FULL, PLAIN, THIRD] and load_edits(list(edits)) == edits
+    with pytest.raises(EditConflictError, match="^1 of 3 edits clash:\n  edit 3 is a duplicate of edit 1"):
+        EditSet([FULL, PLAIN, FULL])
+
+
 def test_save_and_load_again(edits, tmp_path):
     path = tmp_path / "new" / "folder" / "edits.jsonl"
     edits.save(path)

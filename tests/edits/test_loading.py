@@ -1,5 +1,6 @@
 """Reading edits from every container, and what is said of every fault."""
 
+import csv
 import json
 
 import datasets
@@ -7,6 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from peft_locft.edits import Edit, EditDataError, EditSet, Probe, load_edits, loading
+from peft_locft.edits.rows import CHUNK
 
 
 A, B = Edit("A is", "b"), Edit("C is", "d")
@@ -223,10 +225,10 @@ def test_csv_records_are_named_by_the_line_on_which_they_begin(write):
 def test_unreadable_file(write, monkeypatch):
     path = write("edits.jsonl", JSON_A)
 
-    def refuse(self):
+    def refuse(self, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    monkeypatch.setattr(type(path), "open", refuse)
     assert faults_of(path) == ["it cannot be read: Permission denied"]
 
 
@@ -287,3 +289,63 @@ def test_more_than_fifty_faults_are_shortened_but_complete():
 
 def test_fifty_faults_are_all_shown():
     assert len(faults_of([{"prompt": f"P{i}"} for i in range(50)])) == 50
+
+
+MANY = 2 * CHUNK + 500
+
+
+def many_rows() -> list[dict]:
+    return [{"prompt": f"Land {n} is", "target": f"size {n}", "rephrases": [f"Land {n}?"]} for n in range(MANY)]
+
+
+def write_many(path, rows: list[dict]):
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(str(path))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows({**row, "rephrases": json.dumps(row["rephrases"])} for row in rows)
+    else:
+        lines = map(json.dumps, rows)
+        path.write_text("[" + ",\n".join(lines) + "]" if path.suffix == ".json" else "\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_many_edits_and_what_is_wrong_far_down(tmp_path, ending):
+    rows = many_rows()
+    edits = load_edits(write_many(tmp_path / f"good.{ending}", rows))
+    assert list(edits) == [Edit(**row) for row in rows]
+    assert edits.to_dataset().cache_files
+    rows[3]["target"] = rows[-2]["target"] = ""
+    rows[-1]["prompt"] = rows[1]["prompt"]
+    noun, offset = ("row", 0) if ending == "parquet" else ("line", 1 if ending == "csv" else 0)
+    places = [f"{noun} {n + offset}" for n in (4, MANY - 1, MANY, 2)]
+    missing = "is missing" if ending == "csv" else "is empty, expected some text"
+    assert faults_of(write_many(tmp_path / f"bad.{ending}", rows))[:3] == [
+        f"{places[0]}: `target` {missing}",
+        f"{places[1]}: `target` {missing}",
+        f"{places[2]} is in conflict with {places[3]}: prompt 'Land 1 is' has the target 'size {MANY - 1}' here and "
+        "'size 1' there",
+    ]
+
+
+def test_far_duplicates_are_merged_in_the_place_of_the_first(tmp_path):
+    rows = many_rows()
+    rows[-1] = {**rows[7], "rephrases": ["Land seven?"]}
+    with pytest.warns(UserWarning, match=f"1 duplicates were merged: line {MANY} into line 8$"):
+        edits = load_edits(write_many(tmp_path / "edits.jsonl", rows))
+    plain = [Edit(**row) for row in rows[:-1]]
+    plain[7] = Edit("Land 7 is", "size 7", rephrases=["Land 7?", "Land seven?"])
+    assert list(edits) == plain
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+def test_what_is_no_text_is_named_by_its_place_in_the_file(tmp_path, ending):
+    path = write_many(tmp_path / f"edits.{ending}", many_rows())
+    text = path.read_bytes()
+    assert len(text) > 100_000  # many times what is decoded at once
+    path.write_bytes(text + b"\xe9")
+    (fault,) = faults_of(path)
+    assert fault.startswith(f"it is not UTF-8 text: 'utf-8' codec can't decode byte 0xe9 in position {len(text)}: ")

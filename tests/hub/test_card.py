@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 from peft import LoraConfig
 
 from peft_locft import Edit, EditResults, EditSet, LocFTConfig, load_edits
+from peft_locft.edits import write_atomically
 from peft_locft.hub import edit_card, repository_files
 
 
@@ -198,7 +199,7 @@ def test_repository_files_are_card_ledger_and_results(tmp_path):
     files = repository_files("me/x", NASTY, locft(), results, ["t"])
     assert sorted(files) == ["README.md", "edit_results.json", "edits.jsonl"]
     assert files["README.md"] == edit_card("me/x", NASTY, locft(), results, ["t"])
-    (tmp_path / "edits.jsonl").write_text(files["edits.jsonl"], encoding="utf-8")
+    write_atomically(tmp_path / "edits.jsonl", files["edits.jsonl"])
     assert load_edits(tmp_path) == NASTY
     summary = json.loads(files["edit_results.json"])
     assert summary["before"] == results.before and summary["after"] == results.after

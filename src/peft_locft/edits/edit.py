@@ -20,7 +20,7 @@ class EditError(ValueError):
         super().__init__("; ".join(faults))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Probe:
     """A question beside the edit, asked before and after editing.
 
@@ -35,7 +35,7 @@ class Probe:
     answer: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Edit:
     """One edit: after training, the model continues `prompt` with `target`.
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import overload
 
+import pyarrow
 from datasets import Dataset, Features, List, Value
+from pyarrow import compute
 
 from .edit import Edit
+from .rows import RowSequence, iter_rows, write_rows
 
 
 # Named once, so that an edit without probes and one with them have the same columns in every file.
@@ -34,8 +37,10 @@ class EditConflictError(ValueError):
     """Two edits give one prompt different targets, or share an id."""
 
 
-class EditSet(Sequence[Edit]):
+class EditSet(RowSequence[Edit]):
     """An ordered collection of edits, in which no two edits contradict each other.
+
+    The edits are held in a memory-mapped Arrow file, not in memory: 100,000 of them need hardly more than 1,000.
 
     Args:
         edits (`Iterable[Edit]`):
@@ -56,34 +61,25 @@ class EditSet(Sequence[Edit]):
     """
 
     def __init__(self, edits: Iterable[Edit]):
-        self._edits = tuple(edits)
-        clashes = describe_clashes(self._edits, [f"edit {number}" for number in range(1, len(self._edits) + 1)])
+        self._data, suspects = store_edits(edits)
+        clashes = describe_clashes([self[i] for i in suspects], [f"edit {i + 1}" for i in suspects])
         if clashes:
-            raise EditConflictError("\n  ".join([f"{len(clashes)} of {len(self._edits)} edits clash:", *clashes]))
+            raise EditConflictError("\n  ".join([f"{len(clashes)} of {len(self)} edits clash:", *clashes]))
 
-    def __len__(self) -> int:
-        return len(self._edits)
-
-    def __iter__(self) -> Iterator[Edit]:
-        return iter(self._edits)
-
-    @overload
-    def __getitem__(self, index: int) -> Edit: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> EditSet: ...
-
-    def __getitem__(self, index):
-        return EditSet(self._edits[index]) if isinstance(index, slice) else self._edits[index]
+    def _item(self, row: dict) -> Edit:
+        return Edit(**row)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, EditSet) and self._edits == other._edits
+        return isinstance(other, EditSet) and super().__eq__(other)
 
     def __hash__(self) -> int:
-        return hash(self._edits)
+        return hash((len(self), *self[:1]))  # of all edits, it would take seconds
 
     def __repr__(self) -> str:
-        counts = {name: sum(len(getattr(edit, name)) for edit in self) for name in _PROBE_FIELDS}
+        counts = dict.fromkeys(_PROBE_FIELDS, 0)
+        for row in iter_rows(self._data.select_columns(list(counts))):
+            for name in counts:
+                counts[name] += len(row[name])
         return f"EditSet({len(self)} edits, " + ", ".join(f"{n} {name}" for name, n in counts.items()) + ")"
 
     def to_records(self) -> list[dict]:
@@ -92,18 +88,18 @@ class EditSet(Sequence[Edit]):
         Returns:
             `list[dict]`: One dictionary an edit.
         """
-        return [{name: fields[name] for name in EDIT_FEATURES} for fields in map(asdict, self)]
+        return list(iter_rows(self._data))
 
-    def to_dataset(self) -> Dataset:
-        """Return the edits as a dataset in the project's own columns.
+    def iter_jsonl(self) -> Iterator[str]:
+        """Yield the edits as JSON Lines, without fields that are empty.
 
         Returns:
-            [`~datasets.Dataset`]: One row an edit.
+            `Iterator[str]`: One line an edit, with its line end.
         """
-        records = self.to_records()
-        # By columns, because without a row `Dataset.from_list` finds none.
-        columns = {name: [record[name] for record in records] for name in EDIT_FEATURES}
-        return Dataset.from_dict(columns, features=EDIT_FEATURES)
+        for row in iter_rows(self._data):
+            for name in _PROBE_FIELDS[1:]:
+                row[name] = [{k: v for k, v in probe.items() if v is not None} for probe in row[name]]
+            yield json.dumps({k: v for k, v in row.items() if v}, ensure_ascii=False) + "\n"
 
     def to_jsonl(self) -> str:
         """Return the edits as JSON Lines, without fields that are empty.
@@ -111,12 +107,7 @@ class EditSet(Sequence[Edit]):
         Returns:
             `str`: One line an edit; [`load_edits`] reads it back to the same edits.
         """
-        lines = []
-        for record in self.to_records():
-            for name in _PROBE_FIELDS[1:]:
-                record[name] = [{k: v for k, v in probe.items() if v is not None} for probe in record[name]]
-            lines.append(json.dumps({k: v for k, v in record.items() if v}, ensure_ascii=False) + "\n")
-        return "".join(lines)
+        return "".join(self.iter_jsonl())
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the edits as JSON Lines. An existing file is replaced in one step, so it is never half written.
@@ -125,32 +116,67 @@ class EditSet(Sequence[Edit]):
             path (`str` or `os.PathLike`):
                 The file to write.
         """
-        write_atomically(path, self.to_jsonl())
+        write_atomically(path, self)
 
 
 _PROBE_FIELDS = ("rephrases", "locality", "portability")
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
+def write_atomically(path: str | os.PathLike, content: str | EditSet | Iterable[str]) -> None:
     """Write a text file so that a reader, or a process killed halfway, sees the old content or the new, never a part.
 
     Args:
         path (`str` or `os.PathLike`):
             The file to write. Its folder is made if it is missing.
-        text (`str`):
-            The content.
+        content (`str`, [`EditSet`] or `Iterable[str]`):
+            The content: a text, edits, which are written as JSON Lines, or pieces of a text.
     """
+    if isinstance(content, EditSet):
+        content = content.iter_jsonl()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([content] if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def store_edits(edits: Iterable[Edit]) -> tuple[Dataset, list[int]]:
+    """Write edits to disk, and find those that may clash, without holding more of each than two numbers.
+
+    Args:
+        edits (`Iterable[Edit]`):
+            The edits, in order.
+
+    Returns:
+        `tuple[Dataset, list[int]]`: A dataset with the columns of `EDIT_FEATURES`, and the positions of all edits whose
+        prompt or id is also another one's.
+    """
+    hashes = {"prompt": array("q"), "id": array("q")}
+
+    def rows() -> Iterator[dict]:
+        for edit in edits:
+            row = {name: getattr(edit, name) for name in EDIT_FEATURES}
+            for name in _PROBE_FIELDS[1:]:
+                row[name] = [{"prompt": probe.prompt, "answer": probe.answer} for probe in row[name]]
+            for name, found in hashes.items():
+                found.append(hash(row[name]))
+            yield row
+
+    data = write_rows(rows(), EDIT_FEATURES)
+    suspects: set[int] = set()
+    for found in hashes.values():
+        # Equal texts have equal hashes. Different ones that happen to share theirs only are looked at for nothing.
+        keys = pyarrow.array(found, pyarrow.int64())
+        values, counts = compute.value_counts(keys).flatten()
+        shared = compute.is_in(keys, values.filter(compute.greater(counts, 1)))
+        suspects.update(compute.indices_nonzero(shared).to_pylist())
+    return data, sorted(suspects)
 
 
 def describe_clashes(edits: Sequence[Edit], names: Sequence[str]) -> list[str]:

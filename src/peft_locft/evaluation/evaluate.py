@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..edits import EditSet
-from .questions import Answer, ask, questions_of
+from .questions import Answer, Question, ask, drafts_of, questions_of
 from .results import EditResults
+
+
+# Edits whose questions are held in memory at once: enough to make batches of prompts of one length.
+_EDITS_AT_ONCE = 4096
 
 
 def evaluate_edits(
@@ -46,25 +50,38 @@ def evaluate_edits(
     Returns:
         [`EditResults`]: The scores and every answer.
     """
-    questions = questions_of(edits)
-    start = time.perf_counter()
-    if before is None:
-        with model.disable_adapter():
-            before = ask(
+    parts = range(0, len(edits), _EDITS_AT_ONCE)
+    times = {"evaluate_before": 0.0, "evaluate_after": 0.0}
+
+    def title(whom: str, part: int) -> str | None:
+        count = f", part {part} of {len(parts)}" if len(parts) > 1 else ""
+        return f"Asking the {whom} model{count}" if show_progress else None
+
+    def answered() -> Iterator[tuple[Question, Answer, Answer]]:
+        asked = 0
+        for part, first in enumerate(parts, 1):
+            questions = questions_of(edits[first : first + _EDITS_AT_ONCE])
+            start = time.perf_counter()
+            if before is None:
+                # Without drafts: the unedited model hardly ever answers with the target.
+                with model.disable_adapter():
+                    old = ask(model, tokenizer, questions, batch_size=batch_size, description=title("unedited", part))
+            else:
+                old = before[asked : asked + len(questions)]
+            middle = time.perf_counter()
+            new = ask(
                 model,
                 tokenizer,
                 questions,
                 batch_size=batch_size,
-                description="Asking the unedited model" if show_progress else None,
+                description=title("edited", part),
+                drafts=drafts_of(tokenizer, questions, old),
             )
-    middle = time.perf_counter()
-    after = ask(
-        model,
-        tokenizer,
-        questions,
-        batch_size=batch_size,
-        description="Asking the edited model" if show_progress else None,
-    )
-    results = EditResults.from_answers(questions, before, after)
-    results.times = {"evaluate_before": middle - start, "evaluate_after": time.perf_counter() - middle}
+            times["evaluate_before"] += middle - start
+            times["evaluate_after"] += time.perf_counter() - middle
+            asked += len(questions)
+            yield from zip(questions, old, new)
+
+    results = EditResults.judge(answered())
+    results.times = times
     return results

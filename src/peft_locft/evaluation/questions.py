@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +15,8 @@ from .generation import decode_answer, generate_greedy
 METRICS = ("reliability", "generalization", "locality", "portability")
 # How much of an answer is looked at where the question does not tell: enough to read, few enough to be the answer.
 _SHOWN_TOKENS = 8
+# How many questions are encoded at a time.
+_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def ask(
     *,
     batch_size: int = 32,
     description: str | None = None,
+    drafts: Sequence[Sequence[int] | None] | None = None,
 ) -> list[Answer]:
     """Ask a model questions by free, greedy generation.
 
@@ -93,33 +96,83 @@ def ask(
             How many to ask at once.
         description (`str`, *optional*):
             A title for a progress bar; without one there is none.
+        drafts (`Sequence[Sequence[int] | None]`, *optional*):
+            For each question a guess of the answer's tokens, or `None`: see [`generate_greedy`]. It makes a right guess
+            faster, and never another answer.
 
     Returns:
         `list[Answer]`: One answer for each question.
+
+    Raises:
+        `ValueError`: If there are not as many drafts as questions.
     """
-    if not questions:
-        return []
-    # A question that comes several times (one locality probe for many edits) is asked once.
-    distinct = list(
-        dict.fromkeys((question.prompt, question.answer, question.metric == "locality") for question in questions)
-    )
-    lengths = [
-        len(answer_ids)
-        for _, answer_ids in encode_answers(tokenizer, [q[0] for q in distinct], [q[1] or "" for q in distinct])
-    ]
+    drafts = [None] * len(questions) if drafts is None else drafts
+    if len(drafts) != len(questions):
+        raise ValueError(f"got {len(drafts)} `drafts` for {len(questions)} questions: give one for each, or `None`")
+    # A question that comes several times (one locality probe for many edits) is asked once, with its first draft.
+    distinct: dict[tuple[str, str | None, bool], Sequence[int] | None] = {}
+    for question, draft in zip(questions, drafts):
+        key = _key(question)
+        if distinct.get(key) is None:
+            distinct[key] = draft
     # One token more than the answer has, to see whether the model ends there. Locality compares just as many tokens
     # as the known answer has: what the model rambles on about after its answer is not what the probe asks.
     limits = [
         (length if answer else _SHOWN_TOKENS) if is_locality else max(length + 1, _SHOWN_TOKENS)
-        for length, (_, answer, is_locality) in zip(lengths, distinct)
+        for length, (_, answer, is_locality) in zip(
+            map(len, _expected(tokenizer, [(prompt, answer) for prompt, answer, _ in distinct])), distinct
+        )
     ]
     generated = generate_greedy(
-        model, tokenizer, [q[0] for q in distinct], limits, batch_size=batch_size, description=description
+        model,
+        tokenizer,
+        [prompt for prompt, _, _ in distinct],
+        limits,
+        batch_size=batch_size,
+        description=description,
+        drafts=list(distinct.values()),
     )
     answers = {
         key: Answer(decode_answer(tokenizer, tokens), tuple(tokens)) for key, tokens in zip(distinct, generated)
     }
-    return [answers[q.prompt, q.answer, q.metric == "locality"] for q in questions]
+    return [answers[_key(question)] for question in questions]
+
+
+def drafts_of(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], unedited: Sequence[Answer]
+) -> list[Sequence[int]]:
+    """Guess how an edited model answers: as it should.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        questions (`Sequence[Question]`):
+            The questions.
+        unedited (`Sequence[Answer]`):
+            The unedited model's answers to them.
+
+    Returns:
+        `list[Sequence[int]]`: For each question the tokens of its answer and EOS; for a locality question, those of the
+        unedited model.
+    """
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    expected = _expected(tokenizer, [(question.prompt, question.answer) for question in questions])
+    return [
+        old.tokens if question.metric == "locality" else tokens + end
+        for question, tokens, old in zip(questions, expected, unedited)
+    ]
+
+
+def _key(question: Question) -> tuple[str, str | None, bool]:
+    return question.prompt, question.answer, question.metric == "locality"
+
+
+def _expected(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str | None]]) -> Iterator[list[int]]:
+    """Yield the tokens of each expected answer, without EOS. Encoded by the chunk, because only they are kept."""
+    for begin in range(0, len(pairs), _CHUNK):
+        chunk = pairs[begin : begin + _CHUNK]
+        encoded = encode_answers(tokenizer, [prompt for prompt, _ in chunk], [answer or "" for _, answer in chunk])
+        yield from (tokens for _, tokens in encoded)
 
 
 def is_correct(question: Question, answer: Answer, unedited: Answer) -> bool:

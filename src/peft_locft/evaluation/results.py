@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value
+import pyarrow
+from datasets import Dataset, Features, List, Value
+from pyarrow import compute, parquet
 
 from ..edits import write_atomically
-from .questions import Answer, Question, is_correct, rates
+from ..edits.rows import RowSequence, write_rows
+from .questions import METRICS, Answer, Question, is_correct
 
 
 RESULTS_NAME = "edit_results.json"
@@ -29,14 +32,23 @@ ROW_FEATURES = Features(
         "correct_after": Value("bool"),
     }
 )
+# What is kept beside the rows: the tokens of the answers before, which judge locality in a further evaluation.
+_ANSWER_FEATURES = Features({"before": Value("string"), "before_tokens": List(Value("int32"))})
+
+
+class _BeforeAnswers(RowSequence[Answer]):
+    """The unedited model's answers."""
+
+    def _item(self, row: dict[str, Any]) -> Answer:
+        return Answer(row["before"], tuple(row["before_tokens"]))
 
 
 @dataclass
 class EditResults:
-    """The result of an evaluation.
+    """The result of an evaluation. The rows are held in a memory-mapped Arrow file, not in memory.
 
     Args:
-        rows (`list[dict]`):
+        rows (`Sequence[dict]`):
             One row a question: `edit_id`, `metric`, `prompt`, `answer` (the expected one; for locality, what is known
             of it), the model's answers `before` and `after`, and whether each is right, `correct_before` and
             `correct_after`.
@@ -46,15 +58,19 @@ class EditResults:
             How long each part took, in seconds.
         epoch_losses (`list[float]`, *optional*):
             The mean loss of each epoch of training.
-        before_answers (`list[Answer]`, *optional*):
+        before_answers (`Sequence[Answer]`, *optional*):
             The unedited model's answers, for a further evaluation on the same edits. Not saved.
     """
 
-    rows: list[dict]
+    rows: Sequence[dict]
     settings: dict[str, Any] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     epoch_losses: list[float] = field(default_factory=list)
-    before_answers: list[Answer] = field(default_factory=list, repr=False)
+    before_answers: Sequence[Answer] = field(default_factory=list, repr=False)
+
+    def __post_init__(self):
+        if not isinstance(self.rows, RowSequence):
+            self.rows = RowSequence.of(write_rows(self.rows, ROW_FEATURES))
 
     @classmethod
     def from_answers(
@@ -73,18 +89,37 @@ class EditResults:
         Returns:
             [`EditResults`]: With one row a question.
         """
+        return cls.judge(zip(questions, before, after))
+
+    @classmethod
+    def judge(cls, answered: Iterable[tuple[Question, Answer, Answer]]) -> EditResults:
+        """Judge answers one after the other, as they come.
+
+        Args:
+            answered (`Iterable[tuple[Question, Answer, Answer]]`):
+                Each question with the unedited model's answer and the edited model's.
+
+        Returns:
+            [`EditResults`]: With one row a question.
+        """
+        rows = (
+            {
+                "edit_id": question.edit_id,
+                "metric": question.metric,
+                "prompt": question.prompt,
+                "answer": question.answer,
+                "before": old.text,
+                "after": new.text,
+                "correct_before": is_correct(question, old, old),
+                "correct_after": is_correct(question, new, old),
+                "before_tokens": old.tokens,
+            }
+            for question, old, new in answered
+        )
+        data = write_rows(rows, Features({**ROW_FEATURES, **_ANSWER_FEATURES}))
         return cls(
-            [
-                {
-                    **asdict(question),
-                    "before": old.text,
-                    "after": new.text,
-                    "correct_before": is_correct(question, old, old),
-                    "correct_after": is_correct(question, new, old),
-                }
-                for question, old, new in zip(questions, before, after)
-            ],
-            before_answers=list(before),
+            RowSequence.of(data.select_columns(list(ROW_FEATURES))),
+            before_answers=_BeforeAnswers.of(data.select_columns(list(_ANSWER_FEATURES))),
         )
 
     @property
@@ -98,7 +133,13 @@ class EditResults:
         return self._rates("correct_after")
 
     def _rates(self, column: str) -> dict[str, float | None]:
-        return rates((row["metric"] for row in self.rows), (row[column] for row in self.rows))
+        # By Arrow: the scores are asked for often, and there may be a million rows.
+        means = self._table().group_by("metric").aggregate([(column, "mean")])
+        found = dict(zip(means["metric"].to_pylist(), means[f"{column}_mean"].to_pylist()))
+        return {metric: found.get(metric) for metric in METRICS}
+
+    def _table(self) -> pyarrow.Table:
+        return self.to_dataset().with_format("arrow")[:]
 
     def to_dataset(self) -> Dataset:
         """Return the rows as a table, for example to write it with `to_parquet` or `to_csv`.
@@ -106,7 +147,7 @@ class EditResults:
         Returns:
             [`~datasets.Dataset`]: One row a question.
         """
-        return Dataset.from_list(self.rows, features=ROW_FEATURES)
+        return self.rows.to_dataset()
 
     def to_json(self) -> str:
         """Return the summary as JSON: `before` and `after`, settings, times and epoch losses.
@@ -117,7 +158,7 @@ class EditResults:
         summary = {
             "before": self.before,
             "after": self.after,
-            "edits": len({row["edit_id"] for row in self.rows}),
+            "edits": compute.count_distinct(self._table()["edit_id"]).as_py(),
             "questions": len(self.rows),
             "settings": self.settings,
             "times": {name: round(seconds, 2) for name, seconds in self.times.items()},
@@ -133,12 +174,10 @@ class EditResults:
                 Where to. It is made if it is missing.
         """
         folder = Path(folder)
-        write_atomically(
-            folder / _TABLE_NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        )
+        write_atomically(folder / _TABLE_NAME, (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
         write_atomically(folder / RESULTS_NAME, self.to_json())
         with (folder / _TABLE_NAME).with_suffix(".parquet").open("wb") as file:
-            self.to_dataset().to_pandas().to_parquet(file)
+            parquet.write_table(self._table(), file)
 
 
 def load_results(folder: str | os.PathLike) -> EditResults:
@@ -159,5 +198,6 @@ def load_results(folder: str | os.PathLike) -> EditResults:
     if missing:
         raise FileNotFoundError(f"{folder} has no {missing[0]}: it holds no results of an evaluation")
     summary = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (folder / _TABLE_NAME).read_text(encoding="utf-8").splitlines()]
+    with (folder / _TABLE_NAME).open(encoding="utf-8") as file:
+        rows = RowSequence.of(write_rows(map(json.loads, file), ROW_FEATURES))
     return EditResults(rows, summary["settings"], summary["times"], summary["epoch_losses"])

@@ -123,13 +123,14 @@ def _scores(results: EditResults | None) -> str:
 
 
 def _examples(edits: EditSet, results: EditResults | None) -> str:
-    before = {
-        row["edit_id"]: row["before"] for row in (results.rows if results else []) if row["metric"] == "reliability"
-    }
-    rows = [
-        f"| {_cell(edit.prompt)} | {_cell(before.get(edit.id, ''))} | {_cell(edit.target)} |"
-        for edit in edits[:_SHOWN_EDITS]
-    ]
+    shown = edits[:_SHOWN_EDITS]
+    before: dict[str, str] = {}
+    for row in results.rows if results else []:
+        if len(before) == len(shown):
+            break
+        if row["metric"] == "reliability" and any(row["edit_id"] == edit.id for edit in shown):
+            before[row["edit_id"]] = row["before"]
+    rows = [f"| {_cell(edit.prompt)} | {_cell(before.get(edit.id, ''))} | {_cell(edit.target)} |" for edit in shown]
     rest = len(edits) - len(rows)
     return (
         "| prompt | before | new answer |\n| --- | --- | --- |\n"

@@ -19,8 +19,8 @@ def repository_files(
     peft_config: PeftConfig,
     results: EditResults | None = None,
     tags: list[str] | None = None,
-) -> dict[str, str]:
-    """Return card, ledger and, if there are any, results, as they are written beside an adapter.
+) -> dict[str, str | EditSet]:
+    """Return card, ledger and, if there are any, results, as [`write_atomically`] writes them beside an adapter.
 
     Args:
         name (`str`):
@@ -35,9 +35,10 @@ def repository_files(
             Further tags for the card.
 
     Returns:
-        `dict[str, str]`: Content by file name.
+        `dict[str, str | EditSet]`: Content by file name. The ledger is the edits themselves, because its text would fill
+        the memory.
     """
-    files = {"README.md": edit_card(name, edits, peft_config, results, tags), LEDGER_NAME: edits.to_jsonl()}
+    files = {"README.md": edit_card(name, edits, peft_config, results, tags), LEDGER_NAME: edits}
     if results is not None:
         files[RESULTS_NAME] = results.to_json()
     return files

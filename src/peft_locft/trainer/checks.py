@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,11 @@ def check_same_edits(checkpoint: Path, edits: EditSet) -> None:
         `ValueError`: If they differ.
     """
     ledger = checkpoint / LEDGER_NAME
-    if ledger.is_file() and ledger.read_text(encoding="utf-8") != edits.to_jsonl():
+    if not ledger.is_file():
+        return
+    with ledger.open(encoding="utf-8") as lines:
+        is_same = all(line == given for line, given in zip_longest(lines, edits.iter_jsonl()))
+    if not is_same:
         raise ValueError(
             f"the checkpoint {checkpoint} was trained on other edits than the {len(edits)} given now (see its "
             f"{LEDGER_NAME}): resume with the same edits in the same order, or start a new run in another folder"

@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from ..edits import LEDGER_NAME, write_atomically
+from ..edits import LEDGER_NAME, EditSet, write_atomically
 from ..hub import repository_files
 from ..tuner import LocFTConfig
 
@@ -21,7 +21,7 @@ from ..tuner import LocFTConfig
 class PublishingTrainer(Trainer):
     """The part of [`EditTrainer`] that writes: to the output folder, to checkpoints, and to the Hub."""
 
-    def _attach_files(self, name: str | None = None, tags: list[str] | None = None) -> dict[str, str]:
+    def _attach_files(self, name: str | None = None, tags: list[str] | None = None) -> dict[str, str | EditSet]:
         """Make card, ledger and results of the current state, and let a LocFT adapter carry them wherever it goes."""
         model = self.accelerator.unwrap_model(self.model)
         name = name or self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name
@@ -39,10 +39,13 @@ class PublishingTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         files = self._attach_files()
         model.save_pretrained(output_dir, state_dict=state_dict)
-        for name, text in files.items():
-            write_atomically(Path(output_dir) / name, text)
+        config, adapter = model.active_peft_config, model.active_adapter
+        if not isinstance(config, LocFTConfig) or adapter != "default":  # else it has written them beside the weights
+            for name, content in files.items():
+                write_atomically(Path(output_dir) / name, content)
         if self.is_in_train:
             self.progress.save(output_dir)
+            self.resting.save(output_dir)
         elif self._report is not None:
             self._report.save(output_dir)
 
@@ -68,8 +71,8 @@ class PublishingTrainer(Trainer):
         """
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else tags
-            for name, text in self._attach_files(model_name, tags).items():
-                write_atomically(Path(self.args.output_dir) / name, text)
+            for name, content in self._attach_files(model_name, tags).items():
+                write_atomically(Path(self.args.output_dir) / name, content)
 
     def push_to_hub(
         self,

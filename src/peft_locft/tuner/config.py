@@ -14,6 +14,8 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
 
+from ..edits import EditSet, write_atomically
+
 
 # What stands beside the weights in an adapter's repository, and has to travel with them.
 COMPANION_FILES = ("edits.jsonl", "edit_results.json", "README.md")
@@ -162,7 +164,7 @@ class LocFTConfig(PeftConfig):
         # What was asked for, and what became of it in the model that the config was last put into.
         self._requested = self._resolved = self.places()
         self._has_filled_fingerprint = False
-        self._companions: dict[str, str] | None = None
+        self._companions: dict[str, str | EditSet] | None = None
         self._origin: tuple[str, str | None, dict] | None = None
 
     def set_layers(self, layers: list[int]) -> None:
@@ -248,20 +250,20 @@ class LocFTConfig(PeftConfig):
         """
         return module in self._excluded
 
-    def set_companions(self, files: dict[str, str]) -> None:
+    def set_companions(self, files: dict[str, str | EditSet]) -> None:
         """Set the files that are saved and published beside the weights: card, ledger and results.
 
         Args:
-            files (`dict[str, str]`):
-                Content by file name, each one of `COMPANION_FILES`.
+            files (`dict[str, str | EditSet]`):
+                Content by file name, each one of `COMPANION_FILES`. Edits are written as JSON Lines.
         """
         self._companions = dict(files)
 
-    def companions(self) -> dict[str, str]:
+    def companions(self) -> dict[str, str | EditSet]:
         """Return the files that belong beside the weights; those of an adapter from the Hub are downloaded.
 
         Returns:
-            `dict[str, str]`: Content by file name, empty for an adapter that has none.
+            `dict[str, str | EditSet]`: Content by file name, empty for an adapter that has none.
         """
         if self._companions is None:
             self._companions = self._fetch_companions()
@@ -269,8 +271,8 @@ class LocFTConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         super().save_pretrained(str(save_directory), **kwargs)
-        for name, text in self.companions().items():
-            (Path(save_directory) / name).write_text(text, encoding="utf-8")
+        for name, content in self.companions().items():
+            write_atomically(Path(save_directory) / name, content)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):

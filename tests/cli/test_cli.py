@@ -67,7 +67,11 @@ def test_without_a_verb_the_help_is_shown_and_the_code_is_2(process, script):
 def test_misspelt_verb(verb, near, command):
     done = command(verb)
     hint = f", did you mean `{near}`?" if near else "."
-    assert done == (2, "", f"locft: there is no verb {verb!r}{hint} The verbs are plan, edit, evaluate, export, ask.\n")
+    assert done == (
+        2,
+        "",
+        f"locft: there is no verb {verb!r}{hint} The verbs are plan, edit, evaluate, export, ask.\n",
+    )
 
 
 def test_version(command):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from peft_locft import LocFTConfig
 from peft_locft.trainer.batches import EditCollator, pack
 from peft_locft.trainer.data import tokenize_edits
-from peft_locft.trainer.exactness import choose_layout
+from peft_locft.trainer.exactness import Shortcuts, exact_shortcuts
 from peft_locft.trainer.loss import edit_losses
 
 
@@ -46,8 +46,7 @@ def test_a_padded_batch_by_hand():
 
 
 def test_a_packed_batch_by_hand():
-    collator = EditCollator(pad_token_id=9)
-    collator.packed = True
+    collator = EditCollator(pad_token_id=9, packed=True)
     batch = collator(ROWS)  # 10 tokens fit a single row, the longest first
     assert batch["input_ids"].tolist() == [[21, 22, 23, 24, 25, 11, 12, 13, 31, 32]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
@@ -72,10 +71,8 @@ def test_packed_edits_do_not_see_each_other(architecture, make_model, tokenizer,
     model = make_model(architecture)
     dataset = tokenize_edits(edits, tokenizer, None)
     alone = [edit_losses(model, EditCollator(0)([row]), keeps_logits=True).per_edit for row in dataset]
-    collator = EditCollator(0)
-    choose_layout(model, dataset, collator, None, keeps_logits=True, may_pack=True)
-    assert collator.packed
-    batch = collator(list(dataset))
+    assert exact_shortcuts(model, dataset, 0, True, Shortcuts(packed=True)).packed
+    batch = EditCollator(0, packed=True)(list(dataset))
     assert len(batch["input_ids"]) < len(dataset)
     losses = edit_losses(model, batch, keeps_logits=True).per_edit
     torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-5, atol=1e-5)
@@ -88,15 +85,13 @@ def test_a_model_that_cannot_tell_packed_edits_apart_gets_one_to_a_row(architect
     config = BloomConfig(vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=4, initializer_range=0.2)
     # OPT makes its mask without positions; BLOOM's positions are in its mask.
     model = make_model("opt") if architecture == "opt" else AutoModelForCausalLM.from_config(config).eval()
-    collator = EditCollator(0)
-    choose_layout(model, tokenize_edits(edits, tokenizer, None), collator, None, keeps_logits=True, may_pack=True)
-    assert not collator.packed
+    dataset = tokenize_edits(edits, tokenizer, None)
+    assert not exact_shortcuts(model, dataset, 0, True, Shortcuts(packed=True)).packed
 
 
 def test_a_model_whose_packed_losses_differ_gets_one_to_a_row(make_model, tokenizer, edits):
     model = get_peft_model(make_model(), LocFTConfig(layers=[1]))
     leak = model.get_base_model().model.layers[0]
     leak.register_forward_hook(lambda module, args, output: output + 0.1 * output.mean(dim=1, keepdim=True))
-    collator = EditCollator(0)
-    choose_layout(model, tokenize_edits(edits, tokenizer, None), collator, None, keeps_logits=True, may_pack=True)
-    assert not collator.packed
+    dataset = tokenize_edits(edits, tokenizer, None)
+    assert not exact_shortcuts(model, dataset, 0, True, Shortcuts(packed=True)).packed

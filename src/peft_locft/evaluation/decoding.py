@@ -239,7 +239,12 @@ def decodes_exactly(model: PreTrainedModel, tokens: Sequence[int]) -> bool:
     if base not in _TRIED:
         try:
             _TRIED[base] = _try(model, list(tokens))
-        except (RuntimeError, TypeError, ValueError, IndexError):  # of code that takes these arguments in another sense
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            IndexError,
+        ):  # of code that takes these arguments in another sense
             _TRIED[base] = False
     return _TRIED[base]
 

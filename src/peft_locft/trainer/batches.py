@@ -22,20 +22,18 @@ class EditCollator:
     Args:
         pad_token_id (`int`):
             What stands in the padding; any token will do.
-
-    Attributes:
-        packed (`bool`):
+        packed (`bool`, *optional*, defaults to `False`):
             Whether several edits share a row, one behind the other, each with positions of its own. Else each has a row.
         cache ([`PrefixCache`], *optional*):
             Where the states that enter the lowest trained layer are taken from.
+
+    Attributes:
         resting (`torch.Tensor` of shape `(edits,)`, *optional*):
             Which edits are left out of the rows. Their losses count as they last were.
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-        self.packed = False
-        self.cache: PrefixCache | None = None
+    def __init__(self, pad_token_id: int, packed: bool = False, cache: PrefixCache | None = None):
+        self.pad_token_id, self.packed, self.cache = pad_token_id, packed, cache
         self.resting: torch.Tensor | None = None
 
     def __call__(self, edits: Sequence[dict]) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .checks import check_output_dir, check_same_edits, find_checkpoint, read_state
-from .exactness import choose_layout
+from .exactness import Shortcuts, exact_shortcuts
+from .last_layer import find_last_mlp
 from .loss import EditLosses, edit_losses
 from .precision import frozen_dtype, frozen_weights_in
 from .prefix_cache import build_prefix_cache
@@ -59,9 +60,10 @@ class BreadthFirstTrainer(PublishingTrainer):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             finally:
                 self.args.num_train_epochs = max_epochs
-                cache, self.data_collator.cache = self.data_collator.cache, None
-        if cache is not None:
-            cache.store.delete()  # only a run that was interrupted needs its file again
+                shortcuts, self._shortcuts = self._shortcuts, Shortcuts()
+                self.data_collator.packed, self.data_collator.cache = False, None
+        if shortcuts.cache is not None:
+            shortcuts.cache.store.delete()  # only a run that was interrupted needs its file again
         self._times["train"] = self._times.get("train", 0.0) + time.perf_counter() - start
         self.results = self._report = None  # what was evaluated before is not what was trained now
         self._attach_files()
@@ -102,22 +104,26 @@ class BreadthFirstTrainer(PublishingTrainer):
                 if self.args.prefix_cache:
                     cache = build_prefix_cache(model, self.train_dataset, self.args, collator.pad_token_id, dtype)
                 # NEFTune's noise depends on how long a row is.
-                may_pack = not self.args.neftune_noise_alpha
-                choose_layout(model, self.train_dataset, collator, cache, self._keeps_logits, may_pack)
+                # Checkpointing runs a layer again later, when nothing is left out of it any more.
+                last_mlp = find_last_mlp(model) if not self.args.gradient_checkpointing else None
+                possible = Shortcuts(not self.args.neftune_noise_alpha, cache, last_mlp)
+                shortcuts = exact_shortcuts(
+                    model, self.train_dataset, collator.pad_token_id, self._keeps_logits, possible
+                )
         finally:
             for module, training in modes.items():
                 module.training = training
+        self._shortcuts, collator.packed, collator.cache = shortcuts, shortcuts.packed, shortcuts.cache
         collator.resting = self.resting.now if self.args.recheck_epochs else None
         if dtype is not None:
-            below = collator.cache.prefix.below if collator.cache is not None else []
+            below = shortcuts.cache.prefix.below if shortcuts.cache is not None else []
             stack.enter_context(frozen_weights_in(dtype, model, below))
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["index", "input_ids", "labels"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        cache = self.data_collator.cache
-        with cache.entering(inputs["states"]) if cache is not None else nullcontext():
+        with self._shortcuts.taken(inputs):
             losses = edit_losses(model, inputs, self._keeps_logits)
         count = num_items_in_batch if num_items_in_batch is not None else len(losses.per_edit)
         # Averaging gradients over processes divides by their number, which the count of items has in it already.

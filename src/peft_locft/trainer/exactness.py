@@ -1,9 +1,11 @@
-"""Whether a faster way to compute the losses is the same as the plain one, tried on some edits."""
+"""The shortcuts that training takes: those with which a model's losses are the plain ones, tried on some edits."""
 
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 
 from .batches import EditCollator
+from .last_layer import computed_only_at
 from .loss import edit_losses
 
 
@@ -20,62 +23,94 @@ if TYPE_CHECKING:
 _TRIED = 8
 
 
+@dataclass(frozen=True)
+class Shortcuts:
+    """What need not be computed.
+
+    Args:
+        packed (`bool`):
+            Whether edits share rows, which saves padding.
+        cache ([`PrefixCache`], *optional*):
+            What the layers below the lowest trained one said.
+        last_mlp (`torch.nn.Module`, *optional*):
+            The last layer's MLP, where it is computed only at the positions that have logits.
+    """
+
+    packed: bool = False
+    cache: PrefixCache | None = None
+    last_mlp: nn.Module | None = None
+
+    @contextmanager
+    def taken(self, batch: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Within this context, the model takes the shortcuts on a batch of [`EditCollator`]."""
+        with ExitStack() as stack:
+            if self.cache is not None:
+                stack.enter_context(self.cache.entering(batch["states"]))
+            if self.last_mlp is not None:
+                stack.enter_context(computed_only_at(self.last_mlp, batch["predicts"]))
+            yield
+
+
 @torch.no_grad()
-def choose_layout(
+def exact_shortcuts(
     model: nn.Module,
     dataset: Dataset,
-    collator: EditCollator,
-    cache: PrefixCache | None,
+    pad_token_id: int,
     keeps_logits: bool,
-    may_pack: bool,
-) -> None:
-    """Let a collator lay edits out in the fastest way in which a model's losses are those of the plain one: the whole
-    model, one edit to a row.
+    possible: Shortcuts,
+) -> Shortcuts:
+    """Choose the shortcuts with which a model's losses are the plain ones: of the whole model, one edit to a row.
 
     Args:
         model (`torch.nn.Module`):
             The model, in evaluation mode.
         dataset ([`~datasets.Dataset`]):
             The tokenised edits.
-        collator ([`EditCollator`]):
-            Gets its `packed` and `cache`.
-        cache ([`PrefixCache`], *optional*):
-            The lower layers' states.
+        pad_token_id (`int`):
+            What stands in the padding.
         keeps_logits (`bool`):
             Whether the model takes `logits_to_keep`.
-        may_pack (`bool`):
-            Whether edits may share rows at all.
+        possible ([`Shortcuts`]):
+            Those to try.
+
+    Returns:
+        [`Shortcuts`]: The most of them that are exact.
     """
     edits = [dataset[row] for row in range(0, len(dataset), max(len(dataset) // _TRIED, 1))][:_TRIED]
-    collator.packed, collator.cache, collator.resting = False, None, None
-    plain = _losses(model, edits, collator, keeps_logits)
-    layouts = [(True, cache), (False, cache), (True, None)] if cache is not None else [(True, None)]
-    for packed, states in layouts:
-        if packed and not may_pack:
-            continue
-        collator.packed, collator.cache = packed, states
+
+    def losses(shortcuts: Shortcuts) -> torch.Tensor:
+        batch = EditCollator(pad_token_id, shortcuts.packed, shortcuts.cache)(edits)
+        batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
+        with shortcuts.taken(batch):
+            return edit_losses(model, batch, keeps_logits).per_edit
+
+    plain = losses(Shortcuts())
+    packed, cache, last_mlp = possible.packed, possible.cache, possible.last_mlp
+    for shortcuts in dict.fromkeys(
+        [
+            possible,
+            Shortcuts(packed, cache),
+            Shortcuts(False, cache, last_mlp),
+            Shortcuts(False, cache),
+            Shortcuts(packed, None),
+        ]
+    ):
         # In 16 bits, rows of another length round in other ways.
-        rounds = next(model.parameters()).dtype.itemsize < 4 or (states is not None and states.store.dtype.itemsize < 4)
+        rounds = next(model.parameters()).dtype.itemsize < 4
+        rounds |= shortcuts.cache is not None and shortcuts.cache.store.dtype.itemsize < 4
         tolerance = 5e-2 if rounds else 1e-4
         try:
-            losses = _losses(model, edits, collator, keeps_logits)
+            if torch.allclose(plain, losses(shortcuts), rtol=tolerance, atol=tolerance):
+                break
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError):
             continue  # a model that takes no positions, or whose layers cannot be cut
-        if torch.allclose(plain, losses, rtol=tolerance, atol=tolerance):
-            break
     else:
-        collator.packed, collator.cache = False, None
-    if cache is not None and collator.cache is None:
+        shortcuts = Shortcuts()
+    if cache is not None and shortcuts.cache is None:
         warn_off("with it, this model's losses are others, so its layers say more to each other than hidden states")
+    return shortcuts
 
 
 def warn_off(reason: str) -> None:
     """Say that there is no prefix cache, and why."""
     warnings.warn(f"the prefix cache is off, and training slower: {reason}", stacklevel=2)
-
-
-def _losses(model: nn.Module, edits: list[dict], collator: EditCollator, keeps_logits: bool) -> torch.Tensor:
-    device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in collator(edits).items()}
-    with collator.cache.entering(batch["states"]) if collator.cache is not None else nullcontext():
-        return edit_losses(model, batch, keeps_logits).per_edit

@@ -28,6 +28,7 @@ from .breadth_first import BreadthFirstTrainer
 from .checks import check_breadth_first
 from .config import EditConfig
 from .data import tokenize_edits
+from .exactness import Shortcuts
 from .loss import takes_logits_to_keep
 from .offload import offload_prefix
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
@@ -162,6 +163,7 @@ class EditTrainer(BreadthFirstTrainer):
         self.loss_is_scaled_for_ga = True
         self.progress = EpochProgress()
         self.resting = Resting(len(self.edits), args)
+        self._shortcuts = Shortcuts()
         self.results: EditResults | None = None
         self._report: EditResults | None = None
         self._keeps_logits = takes_logits_to_keep(base_model)

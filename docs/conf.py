@@ -32,7 +32,14 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [
     (f"Parameters that control {what}", "params_style")
-    for what in ("the model", "the data preprocessing", "the training", "the evaluation", "the preservation")
+    for what in (
+        "the model",
+        "the data preprocessing",
+        "the training",
+        "speed and memory",
+        "the evaluation",
+        "the preservation",
+    )
 ]
 
 # A name that a docstring puts into brackets is a link if this package has it, else a literal.

@@ -1,137 +1,25 @@
 """Decoding against the model's own `generate`, called for one prompt at a time without padding."""
 
 import random
-from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    GenerationConfig,
-    GPT2LMHeadModel,
-    MambaConfig,
-    MixtralConfig,
+from decoding_cases import (
+    DECODED,
+    LIMITS,
+    PROMPTS,
+    alone,
+    drafts_by_kind,
+    forwards,
+    no_fallback,
+    other,
 )
+from peft import LoraConfig, get_peft_model
 
 from peft_locft import Edit, EditSet, LocFTConfig
-from peft_locft.evaluation import ask, decoding, evaluate_edits, generate_greedy, generation, questions_of
-from peft_locft.evaluation.decoding import decodes_exactly, longest_sequence, read_guess
+from peft_locft.evaluation import ask, evaluate_edits, generate_greedy, generation, questions_of
+from peft_locft.evaluation.decoding import read_guess
 from peft_locft.evaluation.questions import drafts_of
-
-
-PROMPTS = [
-    "The capital of Peru is",
-    "What is the capital of Kazakhstan?",
-    "Oslo",
-    "The capital of Nepal is Kathmandu. What",
-    "Kenya",
-    "Cuba Chile Lima",
-    "is is is",
-    "What is the capital of Norway? Oslo. What is",
-]
-LIMITS = [5, 9, 1, 7, 12, 2, 8, 3]
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-FURTHER = {
-    "mixtral": (
-        MixtralConfig,
-        {**_SIZES, "intermediate_size": 128, "num_key_value_heads": 2, "num_local_experts": 4},
-    ),
-    "falcon": (FalconConfig, {**_SIZES, "alibi": False}),
-    "falcon_alibi": (FalconConfig, {**_SIZES, "alibi": True, "multi_query": False}),
-    "bloom": (BloomConfig, {"hidden_size": 64, "n_layer": 3, "n_head": 4}),
-    "mamba": (MambaConfig, {"hidden_size": 64, "num_hidden_layers": 3, "state_size": 8}),
-}
-OWN = ["llama", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "phi3", "mistral"]
-# All but Mamba, whose state is of no single token.
-DECODED = [*OWN, "mixtral", "falcon", "falcon_alibi", "bloom", "gemma3_multimodal"]
-
-
-@pytest.fixture(scope="module")
-def build(make_model, tokenizer):
-    """Build a tiny model, of more architectures than the other tests need."""
-
-    def make(architecture="llama", **changes):
-        if architecture in OWN:
-            changes = {"sliding_window": 64, **changes} if architecture == "gemma3" else changes
-            return make_model(architecture, **changes)
-        torch.manual_seed(0)
-        ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": None}
-        if architecture == "gemma3_multimodal":
-            text = make_model("gemma3", sliding_window=64).config.to_dict()
-            vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-            config = Gemma3Config(
-                text_config=text,
-                vision_config={**vision, "image_size": 28, "patch_size": 14},
-                mm_tokens_per_image=4,
-                image_token_index=len(tokenizer) - 1,
-                initializer_range=0.2,
-            )
-            return Gemma3ForConditionalGeneration(config).eval()
-        config_class, sizes = FURTHER[architecture]
-        config = config_class(vocab_size=len(tokenizer), initializer_range=0.2, **{**sizes, **ids, **changes})
-        return AutoModelForCausalLM.from_config(config).eval()
-
-    return make
-
-
-@torch.no_grad()
-def alone(model, tokenizer, prompt, limit, stops=None):
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own, base.generation_config = base.generation_config, GenerationConfig()
-    settings = GenerationConfig(
-        max_new_tokens=limit, do_sample=False, pad_token_id=0, eos_token_id=stops or [tokenizer.eos_token_id]
-    )
-    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    base.generation_config = own
-    return output[0, ids.shape[1] :].tolist()
-
-
-@contextmanager
-def forwards(model):
-    """Record the shape of the tokens of each forward pass."""
-    shapes = []
-    hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    yield shapes
-    hook.remove()
-
-
-@contextmanager
-def no_fallback(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(generation, "_generate", lambda *_: pytest.fail("`generate` was used"))
-        yield
-
-
-def other(token, vocab):
-    return (token + 1) % vocab
-
-
-def drafts_by_kind(tokenizer, answers):
-    """Every way in which a draft may be right or wrong."""
-    vocab, eos = len(tokenizer), tokenizer.eos_token_id
-    return {
-        "none": [None] * len(answers),
-        "empty": [[] for _ in answers],
-        "right": answers,
-        "right, with EOS behind it": [[*tokens, eos] for tokens in answers],
-        "wrong at first": [[other(tokens[0], vocab), *tokens[1:]] for tokens in answers],
-        "wrong in the middle": [
-            [other(token, vocab) if i == len(tokens) // 2 else token for i, token in enumerate(tokens)]
-            for tokens in answers
-        ],
-        "too short": [tokens[: len(tokens) // 2] for tokens in answers],
-        "too long": [[*tokens, 7, 8, 9, 10, 11] for tokens in answers],
-        "EOS in the middle": [[*tokens[:2], eos, *tokens[2:]] for tokens in answers],
-        "EOS alone": [[eos] for _ in answers],
-    }
 
 
 @pytest.mark.parametrize("architecture", DECODED)
@@ -246,110 +134,6 @@ def test_the_rest_of_the_answer_costs_one_pass_a_token(build, tokenizer):
         assert generate_greedy(model, tokenizer, PROMPTS[:1], [8], drafts=[wrong]) == [tokens]
     # Three tokens of the draft are right and the model's own comes behind them: four are left.
     assert [width for _, width in shapes][1:] == [1] * 4
-
-
-def test_mamba_is_left_to_generate(build, tokenizer, monkeypatch):
-    model = build("mamba")
-    used = []
-    monkeypatch.setattr(decoding, "start", lambda *_: pytest.fail("Mamba was decoded"))
-    own = model.generate
-    monkeypatch.setattr(model, "generate", lambda **kwargs: used.append(1) or own(**kwargs))
-    monkeypatch.setattr(generation, "start", lambda *_: pytest.fail("Mamba was decoded"))
-    answers = generate_greedy(model, tokenizer, PROMPTS, LIMITS, batch_size=1, drafts=[[1, 2]] * 8)
-    assert len(used) == 8
-    assert answers == [alone(model, tokenizer, prompt, limit) for prompt, limit in zip(PROMPTS, LIMITS)]
-
-
-class CountsByCache(GPT2LMHeadModel):
-    """A model that takes no positions and counts them by the size of its cache, padding included."""
-
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
-        kwargs.pop("position_ids", None)
-        return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-        )
-
-
-class ReadsBothWays(GPT2LMHeadModel):
-    """A model in which a prompt is read in both directions."""
-
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
-        if (size := input_ids.shape[1]) > 1:
-            attention_mask = torch.zeros(1, 1, size, size)
-        return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-        )
-
-
-class TakesNoLogitsToKeep(GPT2LMHeadModel):
-    """A model that computes all logits."""
-
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
-        assert "logits_to_keep" not in kwargs
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            **kwargs,
-        )
-
-
-@pytest.mark.parametrize(
-    ("model_class", "exact"), [(CountsByCache, False), (ReadsBothWays, False), (TakesNoLogitsToKeep, True)]
-)
-def test_a_model_is_tried_before_it_is_decoded(build, tokenizer, model_class, exact, monkeypatch):
-    model = model_class(build("gpt2").config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    text = tokenizer("The capital of Peru is Lima")["input_ids"]
-    assert decodes_exactly(model, text) is exact
-    expected = [alone(model, tokenizer, prompt, limit) for prompt, limit in zip(PROMPTS, LIMITS)]
-    assert generate_greedy(model, tokenizer, PROMPTS, LIMITS, batch_size=1, drafts=expected) == expected
-    if exact:
-        with no_fallback(monkeypatch):
-            for drafts in drafts_by_kind(tokenizer, expected).values():
-                assert generate_greedy(model, tokenizer, PROMPTS, LIMITS, drafts=drafts, batch_size=3) == expected
-
-
-def test_what_exceeds_the_sliding_window_is_left_to_generate(build, tokenizer, monkeypatch):
-    model = build("gemma3", sliding_window=14)
-    assert longest_sequence(model) == 14
-    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
-    fits = [length + limit <= 14 for length, limit in zip(lengths, LIMITS)]
-    assert 0 < sum(fits) < 8
-    expected = [alone(model, tokenizer, prompt, limit) for prompt, limit in zip(PROMPTS, LIMITS)]
-    left = []
-    own = generation._generate
-    monkeypatch.setattr(
-        generation,
-        "_generate",
-        lambda model, tokenizer, rows, stops: left.extend(rows) or own(model, tokenizer, rows, stops),
-    )
-    for batch_size in (1, 3):
-        left.clear()
-        assert generate_greedy(model, tokenizer, PROMPTS, LIMITS, batch_size=batch_size, drafts=expected) == expected
-        assert len(left) == 8 - sum(fits)
-
-
-def test_a_window_that_is_just_filled(build, tokenizer, monkeypatch):
-    prompt = PROMPTS[0]
-    length = len(tokenizer(prompt)["input_ids"])
-    model = build("gemma3", sliding_window=length + 9)
-    prompts = [prompt, "Oslo", "Cuba Chile Lima"]
-    limits = [9, 9, 4]
-    expected = [alone(model, tokenizer, p, n) for p, n in zip(prompts, limits)]
-    with no_fallback(monkeypatch):
-        for drafts in drafts_by_kind(tokenizer, expected).values():
-            assert generate_greedy(model, tokenizer, prompts, limits, drafts=drafts) == expected
-
-
-def test_the_longest_sequence(build):
-    assert longest_sequence(build("llama")) == 64
-    assert longest_sequence(build("bloom")) is None
-    assert longest_sequence(build("mistral", sliding_window=20)) == 20
-    assert longest_sequence(build("phi3", original_max_position_embeddings=32)) == 32
 
 
 @pytest.mark.parametrize("peft_config", [LocFTConfig(layers=[1]), LoraConfig(target_modules="all-linear")])

@@ -48,8 +48,9 @@ def test_a_padded_batch_by_hand():
 def test_a_packed_batch_by_hand():
     collator = EditCollator(pad_token_id=9, packed=True)
     batch = collator(ROWS)  # 10 tokens fit a single row, the longest first
-    assert batch["input_ids"].tolist() == [[21, 22, 23, 24, 25, 11, 12, 13, 31, 32]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
+    # The width is a multiple of 16; each pad is at position 0, and so by itself.
+    assert batch["input_ids"].tolist() == [[21, 22, 23, 24, 25, 11, 12, 13, 31, 32, *[9] * 6]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, *[0] * 6]]
     assert batch["targets"].tolist() == [24, 25, 12, 13, 32]
     assert batch["owners"].tolist() == [1, 1, 0, 0, 2] and batch["index"].tolist() == [4, 7, 2]
     assert "attention_mask" not in batch

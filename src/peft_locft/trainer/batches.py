@@ -57,6 +57,8 @@ class EditCollator:
         lengths = [len(edit) for edit in ids]
         rows = pack(lengths) if self.packed else [[number] for number in range(awake)]
         width = max((sum(lengths[number] for number in row) for row in rows), default=1)
+        if self.packed:
+            width = -(-width // _MULTIPLE) * _MULTIPLE
         input_ids = torch.full((len(rows), width), self.pad_token_id)  # this and the next, (rows, width)
         labels = torch.full((len(rows), width), IGNORED)
         owners, positions, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
@@ -86,6 +88,8 @@ class EditCollator:
 
 # Wide enough for several edits, narrow enough that attention across a row, which is masked out, costs next to nothing.
 _ROW_WIDTH = 128
+# Kernels like such widths, and some libraries prepare, and keep, one for each shape that they meet.
+_MULTIPLE = 16
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .batches import EditCollator
 from .checks import check_output_dir, check_same_edits, find_checkpoint, read_state
 from .exactness import Shortcuts, exact_shortcuts
 from .last_layer import find_last_mlp
@@ -61,7 +62,7 @@ class BreadthFirstTrainer(PublishingTrainer):
             finally:
                 self.args.num_train_epochs = max_epochs
                 shortcuts, self._shortcuts = self._shortcuts, Shortcuts()
-                self.data_collator.packed, self.data_collator.cache = False, None
+                self.data_collator = EditCollator(self.data_collator.pad_token_id)
         if shortcuts.cache is not None:
             shortcuts.cache.store.delete()  # only a run that was interrupted needs its file again
         self._times["train"] = self._times.get("train", 0.0) + time.perf_counter() - start
@@ -103,9 +104,9 @@ class BreadthFirstTrainer(PublishingTrainer):
                 cache = None
                 if self.args.prefix_cache:
                     cache = build_prefix_cache(model, self.train_dataset, self.args, collator.pad_token_id, dtype)
-                # NEFTune's noise depends on how long a row is.
                 # Checkpointing runs a layer again later, when nothing is left out of it any more.
                 last_mlp = find_last_mlp(model) if not self.args.gradient_checkpointing else None
+                # NEFTune's noise depends on how long a row is.
                 possible = Shortcuts(not self.args.neftune_noise_alpha, cache, last_mlp)
                 shortcuts = exact_shortcuts(
                     model, self.train_dataset, collator.pad_token_id, self._keeps_logits, possible

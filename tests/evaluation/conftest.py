@@ -1,0 +1,1 @@
+from decoding_cases import build  # noqa: F401

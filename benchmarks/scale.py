@@ -97,6 +97,7 @@ def run(path: str, options: argparse.Namespace) -> dict:
         num_train_epochs=options.epochs,
         per_device_eval_batch_size=options.eval_batch_size,
         prefix_cache=options.prefix_cache,
+        prefix_cache_memory=0,  # in a file
         # Every epoch in full, whatever the model has learned by then.
         skip_loss=0,
         stop_loss=0,
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--eval_batch_size", type=int, default=256)
-    parser.add_argument("--prefix_cache", action="store_true", help="leave the prefix cache on")
+    parser.add_argument("--prefix_cache", action="store_true", help="with the prefix cache, in a file")
     parser.add_argument("--output", default="scale.json")
     parser.add_argument("--file", help=argparse.SUPPRESS)  # set by the benchmark for the process of one size
     options = parser.parse_args()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,7 +168,7 @@ class EditTrainer(BreadthFirstTrainer):
         self._report: EditResults | None = None
         self._keeps_logits = takes_logits_to_keep(base_model)
         self._batch_loss = 0.0
-        self._before: dict[EditSet, list[Answer]] = {}
+        self._before: dict[EditSet, Sequence[Answer]] = {}
         self._times: dict[str, float] = {}
         self.add_callback(EpochEndCallback(self))
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):

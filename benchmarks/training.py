@@ -302,6 +302,7 @@ def report(options: argparse.Namespace, found: list[dict]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     table = markdown(rows)
     settings = {name: value for name, value in vars(options).items() if name not in ("one", "output")}
+    settings |= {name: Path(settings[name]).name for name in ("model", "edits")}
     output.with_suffix(".json").write_text(json.dumps({"settings": settings, "rows": rows, "runs": found}, indent=1))
     output.with_suffix(".md").write_text(table)
     picture(rows, output.with_suffix(".png"))
@@ -355,7 +356,7 @@ def picture(rows: list[dict], path: Path) -> None:
         axes = figure.add_subplot(1, 3, place)
         if len(sizes) == 1:
             bars = axes.bar(methods, [row[name] for row in rows], color="#1f6feb")
-            axes.bar_label(bars, fmt="%.3g", padding=2)
+            axes.bar_label(bars, fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.3g}", padding=2)
         else:
             for method in methods:
                 chosen = [row for row in rows if row["method"] == method]

@@ -1,1 +1,3 @@
+"""Fixtures of this folder."""
+
 from decoding_cases import build  # noqa: F401

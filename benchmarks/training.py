@@ -344,23 +344,30 @@ def markdown(rows: list[dict]) -> str:
 def picture(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    sizes = sorted({row["edits"] for row in rows})
     panels = {
         "epoch_seconds": "seconds an epoch",
         "seconds": "seconds to the stop",
         "memory_mib": "peak memory in MiB, without libraries",
     }
-    sizes = sorted({row["edits"] for row in rows})
+    if len(sizes) > 1:
+        del panels["seconds"]  # as many epochs as were asked for, not those to the stop
+    figure = Figure(figsize=(3.7 * len(panels), 3.6), layout="constrained")
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for place, (name, title) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, 3, place)
+        axes = figure.add_subplot(1, len(panels), place)
         if len(sizes) == 1:
             bars = axes.bar(methods, [row[name] for row in rows], color="#1f6feb")
             axes.bar_label(bars, fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.3g}", padding=2)
         else:
             for method in methods:
                 chosen = [row for row in rows if row["method"] == method]
-                axes.loglog([row["edits"] for row in chosen], [row[name] for row in chosen], marker="o", label=method)
+                axes.plot([row["edits"] for row in chosen], [row[name] for row in chosen], marker="o", label=method)
+            axes.set_xscale("log")
+            if name == "epoch_seconds":
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
             axes.set_xlabel("edits")
             axes.legend(frameon=False)
         axes.set_title(title)

@@ -8,14 +8,14 @@ import sys
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from peft_locft import default_location, load_edits
+from peft_locft import LocFTConfig, load_edits
 
 
 model_name, output = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "plain_trainer_output"
 tokenizer = AutoTokenizer.from_pretrained(model_name)
 base = AutoModelForCausalLM.from_pretrained(model_name)
-# The down projection of a late layer; LocFTConfig(layers=[22], task_type="CAUSAL_LM") would name another place.
-model = get_peft_model(base, default_location(base))
+# The recommended place; LocFTConfig(layers=[22], task_type="CAUSAL_LM") would name another one.
+model = get_peft_model(base, LocFTConfig.recommended(base))
 model.print_trainable_parameters()
 
 rows = []

@@ -13,6 +13,8 @@ import sys
 
 VERBS = {
     "plan": "tell what an edit will take, and which card has room for it, before a model is loaded",
+    "trace": "show which tokens and layers carry the facts of a file",
+    "search": "find the layer and modules to edit, on a sample of the edits, and map them",
     "edit": "teach a model a file of edits, and write adapter, results and card",
     "evaluate": "score an adapter's edits, before and after",
     "export": "make an adapter smaller, a LoRA, or a merged model, and tell what that costs",
@@ -57,6 +59,8 @@ def _help() -> str:
             *(f"  {verb:<{width}}  {meaning}" for verb, meaning in VERBS.items()),
             "",
             "  locft plan --model M --layers 22 --edits 1000",
+            "  locft trace --model M --edits facts.jsonl --output traced",
+            "  locft search --model M --edits edits.jsonl --texts texts.txt --output places",
             "  locft edit --model M --edits edits.jsonl --output capitals",
             "  locft evaluate --adapter capitals",
             "  locft export --adapter capitals --output capitals-lora --format lora --rank 64",

@@ -5,10 +5,29 @@ everything else in PEFT knows it.
 """
 
 from .edits import Edit, EditConflictError, EditDataError, EditError, EditSet, Probe, load_edits
-from .evaluation import EditResults, evaluate_edits, load_results, plot_results
+from .evaluation import (
+    Choice,
+    EditResults,
+    evaluate_edits,
+    load_choices,
+    load_results,
+    multiple_choice_accuracy,
+    perplexity,
+    plot_results,
+)
 from .hub import ExportReport, load_adapter, save_as_lora, save_compressed
-from .location import default_location
+from .location import (
+    Trace,
+    TracingResults,
+    layers_from_tracing,
+    load_tracing,
+    plot_tracing,
+    trace,
+    trace_edits,
+)
 from .planning import Plan, plan_edit
+from .preservation import InputStatistics, input_statistics, sample_questions, sample_texts
+from .search import SearchResults, load_search, plot_search, search_locations
 from .trainer import EditConfig, EditTrainer
 from .tuner import BaseMismatchWarning, LocFTConfig, LocFTModel, MergeCost, merge_report
 
@@ -17,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BaseMismatchWarning",
+    "Choice",
     "Edit",
     "EditConfig",
     "EditConflictError",
@@ -26,19 +46,36 @@ __all__ = [
     "EditSet",
     "EditTrainer",
     "ExportReport",
+    "InputStatistics",
     "LocFTConfig",
     "LocFTModel",
     "MergeCost",
     "Plan",
     "Probe",
-    "default_location",
+    "SearchResults",
+    "Trace",
+    "TracingResults",
     "evaluate_edits",
+    "input_statistics",
+    "layers_from_tracing",
     "load_adapter",
+    "load_choices",
     "load_edits",
     "load_results",
+    "load_search",
+    "load_tracing",
     "merge_report",
+    "multiple_choice_accuracy",
+    "perplexity",
     "plan_edit",
     "plot_results",
+    "plot_search",
+    "plot_tracing",
+    "sample_questions",
+    "sample_texts",
     "save_as_lora",
     "save_compressed",
+    "search_locations",
+    "trace",
+    "trace_edits",
 ]

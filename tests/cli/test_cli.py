@@ -70,7 +70,7 @@ def test_misspelt_verb(verb, near, command):
     assert done == (
         2,
         "",
-        f"locft: there is no verb {verb!r}{hint} The verbs are plan, edit, evaluate, export, ask.\n",
+        f"locft: there is no verb {verb!r}{hint} The verbs are plan, trace, search, edit, evaluate, export, ask.\n",
     )
 
 

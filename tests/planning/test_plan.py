@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config
 
-from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig, Plan, default_location, plan_edit
+from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig, Plan, plan_edit
 from peft_locft.edits.tokens import encode_answers
 from peft_locft.planning.cards import RESERVED, card_fits
 
@@ -304,7 +304,7 @@ def test_frozen_weights_are_rounded_beside_what_they_were(make):
 def test_the_default_place_is_that_of_the_trainer(make):
     model = make("llama")
     plan = plan_edit(model.config, num_edits=8)
-    assert plan == plan_edit(model.config, default_location(model), num_edits=8)
+    assert plan == plan_edit(model.config, LocFTConfig.recommended(model), num_edits=8)
 
 
 def test_a_trained_first_layer_leaves_nothing_to_store_or_to_offload(make):

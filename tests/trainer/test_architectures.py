@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
-from peft_locft import EditConfig, EditTrainer
+from peft_locft import EditConfig, EditTrainer, LocFTConfig
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,26 @@ def test_default_place_edits_to_the_target(architecture, make_model, tokenizer, 
     assert ".locft_delta.default.weight" in delta
     base = trainer.model.unload()
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_fused_experts_get_the_rate_of_their_width(tokenizer, edits, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        MixtralConfig(
+            vocab_size=len(tokenizer),
+            num_local_experts=4,
+            eos_token_id=tokenizer.eos_token_id,
+            **sizes,
+            num_key_value_heads=2,
+        )
+    )
+    trainer = EditTrainer(
+        model=model,
+        args=EditConfig(output_dir=str(tmp_path), disable_tqdm=True, num_train_epochs=2, save_strategy="no"),
+        train_dataset=edits,
+        processing_class=tokenizer,
+        peft_config=LocFTConfig(layers=[1], target_modules=["mlp.experts.down_proj"]),
+    )
+    assert trainer.args.learning_rate == pytest.approx(5e-4 * 14336 / 128)
+    trainer.train()

@@ -24,9 +24,10 @@ trainer = EditTrainer(
     model=model,
     args=EditConfig(
         output_dir=output, num_train_epochs=6, save_strategy="steps", save_steps=3, disable_tqdm=True, seed=3,
+        **(dict(contexts=3, projector=1.0, kl_weight=0.5, l2_weight=0.1, max_growth=0.5) if "kept" in method else {}),
     ),
     train_dataset=edits,
-    peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["down_proj"]) if method == "lora" else None,
+    peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["down_proj"]) if "lora" in method else None,
 )
 step = trainer.training_step
 def training_step(*args, **kwargs):
@@ -50,7 +51,9 @@ def run(model_folder, edits_file, output, method, kill_at=-1, resume=False):
 
 # An epoch has 4 steps, a checkpoint is made every 3. Killed at step 11, the last one lies inside the third epoch;
 # killed at step 13, it is that of the third epoch's last step.
-@pytest.mark.parametrize(("method", "kill_at"), [("locft", 11), ("locft", 13), ("lora", 11)])
+@pytest.mark.parametrize(
+    ("method", "kill_at"), [("locft", 11), ("locft", 13), ("lora", 11), ("locft kept", 11), ("lora kept", 13)]
+)
 def test_a_killed_run_resumes_to_the_same_adapter(model_folder, edits, tmp_path, method, kill_at):
     edits.save(tmp_path / "edits.jsonl")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

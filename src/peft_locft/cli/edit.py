@@ -23,12 +23,13 @@ class EditArguments:
     layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "The layers to edit; negative ones count from the last. Default: a late layer, or every layer if "
+            "help": "The layers to edit; negative ones count from the last. Default: the recipe's, or every layer if "
             "`--target_modules` is given."
         },
     )
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "The modules to edit in these layers. Default: the MLP's down projection."}
+        default=None,
+        metadata={"help": "The modules to edit in these layers. Default: the recipe's, or the MLP's down projection."},
     )
     on_conflict: str = field(
         default="raise",
@@ -66,6 +67,11 @@ def main(arguments: list[str]) -> None:
         raise FileNotFoundError(f"the checkpoint {resume} does not exist")
     peft_config = None  # the trainer's default
     if options.layers is not None or options.target_modules is not None:
+        if config.recipe == "locaedit":
+            raise ValueError(
+                "`--recipe locaedit` chooses layers by tracing, and modules: leave out `--layers` and `--target_modules`, "
+                "or the recipe (its KL term alone is `--kl_weight 1`)"
+            )
         peft_config = LocFTConfig(layers=options.layers, target_modules=options.target_modules)
     trainer = EditTrainer(model=options.model, args=config, train_dataset=edits, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=resume or None)

@@ -59,6 +59,9 @@ class Edit:
             A name that is unique among the edits. Defaults to a hash of prompt and target.
         source (`str`, *optional*):
             Where the new fact comes from, for whoever audits the edit.
+        train_rephrases (`tuple[str, ...]`, *optional*):
+            The prompt in further words, to be trained on like the prompt itself. Never scored, so none of them may be
+            one of `rephrases` too.
 
     Raises:
         [`EditError`]: With every fault at once, if a field has the wrong type or is empty.
@@ -72,6 +75,7 @@ class Edit:
     portability: tuple[Probe, ...] = ()
     id: str | None = None
     source: str | None = None
+    train_rephrases: tuple[str, ...] = ()
 
     def __post_init__(self):
         faults: list[str] = []
@@ -87,10 +91,16 @@ class Edit:
                 faults.append(f"`{name}` is {_kind(value)}, expected a string")
             elif value is not None:
                 _check_encodable(value, name, faults)
-        rephrases = tuple(
-            _text(value, f"rephrases[{i}]", faults)
-            for i, value in enumerate(_items(self.rephrases, "rephrases", faults))
+        rephrases, train_rephrases = (
+            tuple(_text(value, f"{name}[{i}]", faults) for i, value in enumerate(_items(values, name, faults)))
+            for name, values in (("rephrases", self.rephrases), ("train_rephrases", self.train_rephrases))
         )
+        faults += [
+            f"`train_rephrases[{i}]` ({_short(value)}) is one of `rephrases` too: what is trained on cannot be scored, "
+            "leave it out of one of them"
+            for i, value in enumerate(train_rephrases)
+            if value in rephrases
+        ]
         locality = _probes(self.locality, "locality", faults)
         portability = _probes(self.portability, "portability", faults)
         faults += [
@@ -103,6 +113,7 @@ class Edit:
         for name, value in (
             ("target", target),
             ("rephrases", rephrases),
+            ("train_rephrases", train_rephrases),
             ("locality", locality),
             ("portability", portability),
             ("id", self.id or hashlib.sha256(f"{prompt}\0{target}".encode()).hexdigest()[:12]),

@@ -26,6 +26,7 @@ EDIT_FEATURES = Features(
         "target": Value("string"),
         "subject": Value("string"),
         "rephrases": List(Value("string")),
+        "train_rephrases": List(Value("string")),
         "locality": _PROBES,
         "portability": _PROBES,
         "source": Value("string"),
@@ -76,7 +77,7 @@ class EditSet(RowSequence[Edit]):
         return hash((len(self), *self[:1]))  # of all edits, it would take seconds
 
     def __repr__(self) -> str:
-        counts = dict.fromkeys(_PROBE_FIELDS, 0)
+        counts = dict.fromkeys(("rephrases", *_PROBE_FIELDS), 0)
         for row in iter_rows(self._data.select_columns(list(counts))):
             for name in counts:
                 counts[name] += len(row[name])
@@ -97,7 +98,7 @@ class EditSet(RowSequence[Edit]):
             `Iterator[str]`: One line an edit, with its line end.
         """
         for row in iter_rows(self._data):
-            for name in _PROBE_FIELDS[1:]:
+            for name in _PROBE_FIELDS:
                 row[name] = [{k: v for k, v in probe.items() if v is not None} for probe in row[name]]
             yield json.dumps({k: v for k, v in row.items() if v}, ensure_ascii=False) + "\n"
 
@@ -119,7 +120,8 @@ class EditSet(RowSequence[Edit]):
         write_atomically(path, self)
 
 
-_PROBE_FIELDS = ("rephrases", "locality", "portability")
+_PROBE_FIELDS = ("locality", "portability")
+_LIST_FIELDS = ("rephrases", "train_rephrases", *_PROBE_FIELDS)
 
 
 def write_atomically(path: str | os.PathLike, content: str | EditSet | Iterable[str]) -> None:
@@ -162,7 +164,7 @@ def store_edits(edits: Iterable[Edit]) -> tuple[Dataset, list[int]]:
     def rows() -> Iterator[dict]:
         for edit in edits:
             row = {name: getattr(edit, name) for name in EDIT_FEATURES}
-            for name in _PROBE_FIELDS[1:]:
+            for name in _PROBE_FIELDS:
                 row[name] = [{"prompt": probe.prompt, "answer": probe.answer} for probe in row[name]]
             for name, found in hashes.items():
                 found.append(hash(row[name]))
@@ -222,5 +224,7 @@ def merge_probes(edit: Edit, other: Edit) -> Edit:
     Returns:
         [`Edit`]: The joined edit.
     """
-    merged = {name: tuple(dict.fromkeys(getattr(edit, name) + getattr(other, name))) for name in _PROBE_FIELDS}
+    merged = {name: tuple(dict.fromkeys(getattr(edit, name) + getattr(other, name))) for name in _LIST_FIELDS}
+    # What one record scores, the other may not train on.
+    merged["train_rephrases"] = tuple(text for text in merged["train_rephrases"] if text not in merged["rephrases"])
     return replace(edit, subject=edit.subject or other.subject, source=edit.source or other.source, **merged)

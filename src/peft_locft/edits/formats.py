@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from .edit import EditError
 
 
-OWN_COLUMNS = ("id", "prompt", "target", "subject", "rephrases", "locality", "portability", "source")
+OWN_COLUMNS = (
+    *("id", "prompt", "target", "subject", "rephrases", "train_rephrases", "locality", "portability", "source"),
+)
 
 
 class Shape(NamedTuple):

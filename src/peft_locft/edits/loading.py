@@ -25,7 +25,7 @@ from .rows import CHUNK
 
 
 LEDGER_NAME = "edits.jsonl"
-_LIST_COLUMNS = ("rephrases", "locality", "portability")
+_LIST_COLUMNS = ("rephrases", "train_rephrases", "locality", "portability")
 _SHOWN_FAULTS = 50
 
 
@@ -57,7 +57,7 @@ def load_edits(
     """Load edits, in any common format, and check them.
 
     The format is recognised by the columns: the project's own (`prompt`, `target`, and optionally `subject`,
-    `rephrases`, `locality`, `portability`, `id`, `source`), TRL's `prompt` and `completion`, ZsRE, CounterFact (flat
+    `rephrases`, `train_rephrases`, `locality`, `portability`, `id`, `source`), TRL's `prompt` and `completion`, ZsRE, CounterFact (flat
     and nested), WikiBigEdit, and KnowEdit or EasyEdit. Records that say the same twice become one edit that keeps the
     probes of both, with a warning.
 

@@ -10,8 +10,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from ..location import default_location
 from ..trainer.setup import check_decoder
+from ..tuner import LocFTConfig
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -76,7 +76,7 @@ def build_model(config: PreTrainedConfig, peft_config: PeftConfig | None, dtype:
         config ([`~transformers.PreTrainedConfig`]):
             The model's config.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Where and how to train. Defaults to the down projection of a late layer.
+            Where and how to train. Defaults to [`LocFTConfig.recommended`].
         dtype (`torch.dtype`):
             The dtype of the model's weights.
 
@@ -109,6 +109,6 @@ def build_model(config: PreTrainedConfig, peft_config: PeftConfig | None, dtype:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         check_decoder(model)
-        peft_config = copy.deepcopy(peft_config) if peft_config is not None else default_location(model)
+        peft_config = copy.deepcopy(peft_config) if peft_config is not None else LocFTConfig.recommended(model)
         peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
         return get_peft_model(model, peft_config).eval()

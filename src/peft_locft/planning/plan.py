@@ -156,7 +156,7 @@ def plan_edit(
         config_or_model_name ([`~transformers.PreTrainedConfig`], `str` or `os.PathLike`):
             The model: its config, its name on the Hub, or its folder, of which only `config.json` is read.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Where and how to train, as for [`EditTrainer`]. Defaults to the down projection of a late layer.
+            Where and how to train, as for [`EditTrainer`]. Defaults to [`LocFTConfig.recommended`].
         num_edits (`int`):
             How many edits there are.
         tokens_per_edit (`int` or `Sequence[int]`, *optional*, defaults to `20`):

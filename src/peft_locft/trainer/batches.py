@@ -13,6 +13,7 @@ from .data import IGNORED
 
 
 if TYPE_CHECKING:
+    from .pool import TrainingPool
     from .prefix_cache import PrefixCache
 
 
@@ -26,14 +27,23 @@ class EditCollator:
             Whether several edits share a row, one behind the other, each with positions of its own. Else each has a row.
         cache ([`PrefixCache`], *optional*):
             Where the states that enter the lowest trained layer are taken from.
+        pool ([`TrainingPool`], *optional*):
+            Where the form of an edit that is trained, and what is to be preserved beside it, are taken from. Without one,
+            edits are trained as they come.
 
     Attributes:
         resting (`torch.Tensor` of shape `(edits,)`, *optional*):
             Which edits are left out of the rows. Their losses count as they last were.
     """
 
-    def __init__(self, pad_token_id: int, packed: bool = False, cache: PrefixCache | None = None):
-        self.pad_token_id, self.packed, self.cache = pad_token_id, packed, cache
+    def __init__(
+        self,
+        pad_token_id: int,
+        packed: bool = False,
+        cache: PrefixCache | None = None,
+        pool: TrainingPool | None = None,
+    ):
+        self.pad_token_id, self.packed, self.cache, self.pool = pad_token_id, packed, cache, pool
         self.resting: torch.Tensor | None = None
 
     def __call__(self, edits: Sequence[dict]) -> dict[str, torch.Tensor]:
@@ -41,21 +51,31 @@ class EditCollator:
 
         Args:
             edits (`Sequence[dict]`):
-                Rows of [`tokenize_edits`].
+                Rows of [`tokenize_edits`], or others of a pool with their place among its rows as `row`.
 
         Returns:
             `dict[str, torch.Tensor]`: `input_ids` and `predicts` (whether the token after is one of a target), each of
             shape (rows, width), with `position_ids` if edits share rows, else with `attention_mask`; `targets` and
             `owners`, of shape (target tokens,): the tokens to predict, and the edit each belongs to; `index`, of shape
-            (edits,): the edits' places, those that rest at the end; with a cache, `states` of shape (rows, width, hidden).
+            (edits,): the edits' places, those that rest at the end; with a cache, `states` of shape (rows, width, hidden);
+            with something to preserve, `anchor_tokens` and `anchor_log_probs` of shape (positions, kept), for the last of
+            the predicted positions, whose owners come after the edits.
         """
         if self.resting is not None:
             edits = sorted(edits, key=lambda edit: bool(self.resting[edit["index"]]))  # stable, so the order stays
         index = torch.tensor([edit["index"] for edit in edits])  # (edits,)
         awake = len(edits) - (int(self.resting[index].sum()) if self.resting is not None else 0)
-        ids = [torch.as_tensor(edit["input_ids"], dtype=torch.long) for edit in edits[:awake]]
-        lengths = [len(edit) for edit in ids]
-        rows = pack(lengths) if self.packed else [[number] for number in range(awake)]
+        sequences, anchors = list(edits[:awake]), []
+        if self.pool is not None and awake:
+            sequences = [self.pool.drawn(edit) for edit in sequences]
+            anchors = self.pool.drawn_anchors(edits)
+            sequences += [self.pool.anchor_row(anchor) for anchor in anchors]
+        ids = [torch.as_tensor(sequence["input_ids"], dtype=torch.long) for sequence in sequences]
+        lengths = [len(sequence) for sequence in ids]
+        # What is preserved has rows of its own, behind those of the edits, so that its positions come last.
+        rows = pack(lengths[:awake]) if self.packed else [[number] for number in range(awake)]
+        kept = pack(lengths[awake:]) if self.packed else [[number] for number in range(len(anchors))]
+        rows += [[awake + number for number in row] for row in kept]
         width = max((sum(lengths[number] for number in row) for row in rows), default=1)
         if self.packed:
             width = -(-width // _MULTIPLE) * _MULTIPLE
@@ -67,7 +87,7 @@ class EditCollator:
             for number in members:
                 place = (row, slice(end, end := end + lengths[number]))
                 input_ids[place] = ids[number]
-                labels[place] = torch.as_tensor(edits[number]["labels"], dtype=torch.long)
+                labels[place] = torch.as_tensor(sequences[number]["labels"], dtype=torch.long)
                 owners[place] = number
                 positions[place] = torch.arange(lengths[number])
                 mask[place] = 1
@@ -82,7 +102,12 @@ class EditCollator:
         }
         batch |= {"position_ids": positions} if self.packed else {"attention_mask": mask}
         if self.cache is not None:
-            batch["states"] = self.cache.states_at(index[owners], positions)
+            stored = torch.tensor([sequence.get("row", sequence["index"]) for sequence in sequences])
+            batch["states"] = self.cache.states_at(stored[owners], positions)
+        if anchors:
+            ordered = [anchors[number] for row in kept for number in row]
+            for name in ("tokens", "log_probs"):
+                batch[f"anchor_{name}"] = torch.cat([getattr(self.pool.anchors[anchor], name) for anchor in ordered])
         return batch
 
 

@@ -19,6 +19,7 @@ from .last_layer import find_last_mlp
 from .loss import EditLosses, edit_losses
 from .precision import frozen_dtype, frozen_weights_in
 from .prefix_cache import build_prefix_cache
+from .preserving import forget_samples, preserving
 from .progress import EpochProgress
 from .publishing import PublishingTrainer
 from .resting import Resting
@@ -54,8 +55,21 @@ class BreadthFirstTrainer(PublishingTrainer):
             resume_from_checkpoint = self._prepare_resume(resume_from_checkpoint)
         elif not self.state.global_step:
             check_output_dir(self.args.output_dir)
+            forget_samples(self.args.output_dir)
             set_seed(self.args.seed)
         with ExitStack() as stack:
+            self._preservation = stack.enter_context(
+                preserving(
+                    self.model,
+                    self.processing_class,
+                    self.edits,
+                    self.train_dataset,
+                    self.args,
+                    self._max_length,
+                    self.add_callback,
+                    self.remove_callback,
+                )
+            )
             self._prepare_batches(stack)
             try:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
@@ -63,6 +77,7 @@ class BreadthFirstTrainer(PublishingTrainer):
                 self.args.num_train_epochs = max_epochs
                 shortcuts, self._shortcuts = self._shortcuts, Shortcuts()
                 self.data_collator = EditCollator(self.data_collator.pad_token_id)
+                self._preservation = None
         if shortcuts.cache is not None:
             shortcuts.cache.store.delete()  # only a run that was interrupted needs its file again
         self._times["train"] = self._times.get("train", 0.0) + time.perf_counter() - start
@@ -103,7 +118,8 @@ class BreadthFirstTrainer(PublishingTrainer):
             with self.compute_loss_context_manager():
                 cache = None
                 if self.args.prefix_cache:
-                    cache = build_prefix_cache(model, self.train_dataset, self.args, collator.pad_token_id, dtype)
+                    rows = self._preservation.pool.rows
+                    cache = build_prefix_cache(model, rows, self.args, collator.pad_token_id, dtype)
                 # Checkpointing runs a layer again later, when nothing is left out of it any more.
                 last_mlp = find_last_mlp(model) if not self.args.gradient_checkpointing else None
                 # NEFTune's noise depends on how long a row is.
@@ -116,9 +132,15 @@ class BreadthFirstTrainer(PublishingTrainer):
                 module.training = training
         self._shortcuts, collator.packed, collator.cache = shortcuts, shortcuts.packed, shortcuts.cache
         collator.resting = self.resting.now if self.args.recheck_epochs else None
+        collator.pool = self._preservation.pool
         if dtype is not None:
             below = shortcuts.cache.prefix.below if shortcuts.cache is not None else []
             stack.enter_context(frozen_weights_in(dtype, model, below))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._preservation is not None and self._preservation.projection is not None:
+            self._preservation.projection.load(resume_from_checkpoint)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["index", "input_ids", "labels"]
@@ -130,6 +152,8 @@ class BreadthFirstTrainer(PublishingTrainer):
         # Averaging gradients over processes divides by their number, which the count of items has in it already.
         scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
         loss = losses.per_edit.sum() * (scale / count)
+        if self._preservation is not None:
+            loss = loss + self._preservation.terms(losses.divergence) * (len(losses.per_edit) * scale / count)
         return (loss, losses) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -146,10 +170,11 @@ class BreadthFirstTrainer(PublishingTrainer):
             losses = self.resting.complete(inputs["index"], losses)
         # Summed over processes, so that all of them agree on whether to step.
         count = losses.per_edit.new_tensor(len(losses.per_edit))
-        sums = torch.stack([losses.per_edit.detach().sum(), losses.learned.sum().float(), count])
+        moved = losses.divergence.detach() * count if losses.divergence is not None else torch.zeros_like(count)
+        sums = torch.stack([losses.per_edit.detach().sum(), losses.learned.sum().float(), count, moved])
         # The one wait for the device in a step: whether there is a step depends on it.
-        loss_sum, learned, edits = self.accelerator.reduce(sums, "sum").tolist()
-        self.progress.add(loss_sum, int(learned), int(edits))
+        loss_sum, learned, edits, moved_sum = self.accelerator.reduce(sums, "sum").tolist()
+        self.progress.add(loss_sum, int(learned), int(edits), moved_sum)
         self._batch_loss += loss_sum / (num_items_in_batch or edits)
         step_is_due = self.accelerator.sync_gradients
         if step_is_due and self._batch_loss < self.args.skip_loss:

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .recipes import RECIPES
+
 
 @dataclass
 class EditConfig(TrainingArguments):
@@ -55,6 +57,48 @@ class EditConfig(TrainingArguments):
             visited again. Training stops only after an epoch that visited all. `0` visits all in every epoch, as the
             paper does.
 
+        > Parameters that set others
+
+        recipe (`str`, *optional*, defaults to `"paper"`):
+            Settings that belong together, where neither they nor the trainer's `peft_config` are given:
+
+            - `"paper"`: LocFT-BF as published, at [`LocFTConfig.recommended`].
+            - `"careful"`: a band of early layers, several contexts, a projector and a KL term, for edits that hold in other
+              words while little else moves.
+            - `"locaedit"`: LoRA on the MLPs of the layers that causal tracing proposes, with a KL term.
+
+        > Parameters that make edits hold in other words
+
+        contexts (`int`, *optional*):
+            How many further forms each edit gets beside its bare prompt: as a question to be answered, as a turn of a
+            chat, and behind random text. Each epoch trains one form of each edit, in turn (LocFT-BF, appendix on data
+            augmentation). Defaults to what the recipe says.
+
+        > Parameters that leave the rest of the model alone
+
+        projector (`float`, *optional*):
+            If more than 0, the change of a weight sees its inputs only behind a soft projector, (C / t + I)⁻¹, where C
+            is the second moment of the inputs on ordinary text, and t is this times C's mean eigenvalue. Smaller
+            values protect more. Folded into the adapter at the end. Defaults to what the recipe says.
+        kl_weight (`float`, *optional*):
+            If more than 0, how much a nat of divergence from what the unedited model says to other questions and in texts
+            counts beside the loss. Defaults to what the recipe says.
+        l2_weight (`float`, *optional*, defaults to `0`):
+            If more than 0, how much ‖ΔW‖² / ‖W‖², the mean over edited weights, counts beside the loss.
+        max_delta (`float`, *optional*, defaults to `0`):
+            If more than 0, the largest absolute value that a number of ΔW may have (5e-4 in ROME's FT+L).
+        max_growth (`float`, *optional*, defaults to `0`):
+            If more than 0, the largest ‖ΔW‖ / ‖W‖.
+        preservation_prompts (`str` or `list[str]`, *optional*):
+            What `kl_weight` asks: questions, or a text file with one to a line. Defaults to questions that the model makes
+            up itself.
+        preservation_texts (`str` or `list[str]`, *optional*):
+            Ordinary text for `projector`, `kl_weight` and `contexts`, or a text file with one to a line, or with empty
+            lines between them. Defaults to what the model says itself.
+        statistics (`str`, *optional*):
+            A folder, or a repository on the Hub, with the second moments for `projector`. Defaults to computing
+            them, and keeping them in the output folder, under `preservation/`.
+
         > Parameters that control speed and memory
 
         prefix_cache (`bool`, *optional*, defaults to `True`):
@@ -76,7 +120,7 @@ class EditConfig(TrainingArguments):
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `per_device_train_batch_size`: Defaults to an automatic size of at most 100 instead of `8`.
     > - `per_device_eval_batch_size`: Defaults to `32` instead of `8`.
-    > - `num_train_epochs`: Defaults to `25` instead of `3`.
+    > - `num_train_epochs`: Defaults to what the recipe says, which is `25` for the paper's, instead of `3`.
     > - `learning_rate`: Defaults to an automatic rate instead of `5e-5`.
     > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
     > - `max_grad_norm`: Defaults to `0` (no clipping) instead of `1`.
@@ -94,7 +138,9 @@ class EditConfig(TrainingArguments):
         metadata={"help": "How many edits make a batch. Automatic if left out: 100, or a quarter of fewer than 400."},
     )
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "How many questions are asked at once."})
-    num_train_epochs: float = field(default=25, metadata={"help": "The most epochs to train."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "The most epochs to train. 25 if neither this nor the recipe says."}
+    )
     learning_rate: float | None = field(
         default=None, metadata={"help": "The rate of Adam. Automatic if left out: scaled by the module's input width."}
     )
@@ -132,6 +178,40 @@ class EditConfig(TrainingArguments):
         default=0, metadata={"help": "How many epochs a learned edit is left out of before it is visited again."}
     )
 
+    # Parameters that set others
+    recipe: str = field(
+        default="paper",
+        metadata={"help": "Settings that belong together: 'paper', 'careful' (moves little else) or 'locaedit'."},
+    )
+
+    # Parameters that make edits hold in other words
+    contexts: int | None = field(
+        default=None, metadata={"help": "How many further forms each edit gets beside its bare prompt."}
+    )
+
+    # Parameters that leave the rest of the model alone
+    projector: float | None = field(
+        default=None,
+        metadata={"help": "Protect the inputs of ordinary text: the projector's threshold; smaller protects more."},
+    )
+    kl_weight: float | None = field(
+        default=None, metadata={"help": "How much divergence from what the unedited model says counts."}
+    )
+    l2_weight: float = field(default=0.0, metadata={"help": "How much the relative size of the change counts."})
+    max_delta: float = field(default=0.0, metadata={"help": "The largest absolute value of a number of the change."})
+    max_growth: float = field(
+        default=0.0, metadata={"help": "The largest norm of the change, relative to the weight."}
+    )
+    preservation_prompts: list[str] | str | None = field(
+        default=None, metadata={"help": "A text file of questions for `kl_weight`. Default: the model's own."}
+    )
+    preservation_texts: list[str] | str | None = field(
+        default=None, metadata={"help": "A file of ordinary text. Default: what the model says itself."}
+    )
+    statistics: str | None = field(
+        default=None, metadata={"help": "A folder or repository with the second moments for `projector`."}
+    )
+
     # Parameters that control speed and memory
     prefix_cache: bool = field(
         default=True, metadata={"help": "Whether to compute the layers below the lowest trained one only once."}
@@ -148,8 +228,15 @@ class EditConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise ValueError(f"`recipe` is {self.recipe!r}, expected one of {', '.join(map(repr, RECIPES))}")
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().__post_init__()
-        for name in ("skip_loss", "stop_loss"):
+        for name in (
+            *("skip_loss", "stop_loss", "contexts", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 (off) or more")
         for name in ("recheck_epochs", "prefix_cache_memory"):
@@ -159,10 +246,16 @@ class EditConfig(TrainingArguments):
             raise ValueError(
                 f"`frozen_dtype` is {self.frozen_dtype!r}, expected 'auto', 'bfloat16', 'float16' or None"
             )
-        if self.recheck_epochs and (self.dataloader_num_workers or self.world_size > 1):
+        for name in ("recheck_epochs", "contexts", "kl_weight"):
+            if getattr(self, name) and (self.dataloader_num_workers or self.world_size > 1):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)} with {self.dataloader_num_workers} data loader workers and "
+                    f"{self.world_size} processes, expected 0 workers and 1 process, which know what an epoch visits"
+                )
+        if self.projector and self.load_best_model_at_end:
             raise ValueError(
-                f"`recheck_epochs` is {self.recheck_epochs} with {self.dataloader_num_workers} data loader workers and "
-                f"{self.world_size} processes, expected 0 workers and 1 process, which know which edits rest"
+                f"`projector` is {self.projector} with `load_best_model_at_end=True`, expected False: what is trained is not "
+                "the adapter that a checkpoint holds"
             )
         if self.offload_prefix and not self.prefix_cache:
             raise ValueError(

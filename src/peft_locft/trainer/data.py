@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from datasets import Dataset, Features, List, Value
@@ -14,7 +14,7 @@ from ..edits.tokens import encode_answers
 
 
 IGNORED = -100
-_FEATURES = Features({"index": Value("int64"), "input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+FEATURES = Features({"index": Value("int64"), "input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
 
 def tokenize_edits(edits: EditSet, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
@@ -44,37 +44,69 @@ def tokenize_edits(edits: EditSet, tokenizer: PreTrainedTokenizerBase, max_lengt
     faults: list[str] = []
 
     def rows() -> Iterator[dict]:
-        for number, (edit, prompt_ids, target_ids) in enumerate(_encoded(edits, tokenizer), 1):
-            place = f"edit {number} ({edit.id})"
-            length = len(prompt_ids) + len(target_ids) + 1  # and EOS
-            if not target_ids:
-                faults.append(
-                    f"{place}: the tokenizer turns its target {edit.target!r} into no tokens: nothing to learn"
-                )
-            elif max_length is not None and len(prompt_ids) >= max_length:
-                faults.append(
-                    f"{place}: its prompt alone has {len(prompt_ids)} tokens, which leaves nothing of the target to learn "
-                    f"within the {max_length} tokens that `max_length`, the tokenizer and the model's context allow: shorten "
-                    "the prompt"
-                )
-            elif max_length is not None and length > max_length:
-                faults.append(
-                    f"{place}: it has {length} tokens with EOS, expected at most the {max_length} that `max_length`, the "
-                    "tokenizer and the model's context allow: shorten it"
-                )
+        prompts = ((number, edit.prompt, edit) for number, edit in enumerate(edits))
+        for index, edit, prompt_ids, target_ids in _encoded(prompts, tokenizer):
+            fault = _fault(len(prompt_ids), len(target_ids), edit, max_length)
+            if fault is None:
+                yield _row(index, prompt_ids, target_ids, tokenizer)
             else:
-                labels = [IGNORED] * len(prompt_ids) + target_ids + [tokenizer.eos_token_id]
-                yield {"index": number - 1, "input_ids": prompt_ids + labels[len(prompt_ids) :], "labels": labels}
+                faults.append(f"edit {index + 1} ({edit.id}): {fault}")
 
-    data = write_rows(rows(), _FEATURES)
+    data = write_rows(rows(), FEATURES)
     if faults:
         raise EditDataError("the edits as this model's tokenizer encodes them", faults)
     return data
 
 
-def _encoded(edits: EditSet, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Edit, list[int], list[int]]]:
-    """Yield each edit with the tokens of its prompt and of its target, encoded by the chunk."""
-    remaining = iter(edits)
+def tokenize_forms(
+    forms: Iterable[tuple[int, str, Edit]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> Iterator[dict]:
+    """Encode further forms of edits in the same way. A form that is too long for the model is left out.
+
+    Args:
+        forms (`Iterable[tuple[int, str, Edit]]`):
+            The place of the edit, the prompt in this form, and the edit.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        max_length (`int`, *optional*):
+            The longest sequence that the model takes, in tokens.
+
+    Returns:
+        `Iterator[dict]`: Rows as [`tokenize_edits`] makes them, in order.
+    """
+    for index, _, prompt_ids, target_ids in _encoded(forms, tokenizer):
+        if max_length is None or len(prompt_ids) + len(target_ids) + 1 <= max_length:
+            yield _row(index, prompt_ids, target_ids, tokenizer)
+
+
+def _fault(prompt: int, target: int, edit: Edit, max_length: int | None) -> str | None:
+    """Say why an edit cannot be trained, by its numbers of tokens."""
+    length = prompt + target + 1  # and EOS
+    if not target:
+        return f"the tokenizer turns its target {edit.target!r} into no tokens: nothing to learn"
+    if max_length is not None and prompt >= max_length:
+        return (
+            f"its prompt alone has {prompt} tokens, which leaves nothing of the target to learn within the {max_length} "
+            "tokens that `max_length`, the tokenizer and the model's context allow: shorten the prompt"
+        )
+    if max_length is not None and length > max_length:
+        return (
+            f"it has {length} tokens with EOS, expected at most the {max_length} that `max_length`, the tokenizer and "
+            "the model's context allow: shorten it"
+        )
+    return None
+
+
+def _row(index: int, prompt_ids: list[int], target_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> dict:
+    answer = [*target_ids, tokenizer.eos_token_id]
+    return {"index": index, "input_ids": prompt_ids + answer, "labels": [IGNORED] * len(prompt_ids) + answer}
+
+
+def _encoded(
+    forms: Iterable[tuple[int, str, Edit]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, Edit, list[int], list[int]]]:
+    """Yield each form with the tokens of its prompt and of the edit's target, encoded by the chunk."""
+    remaining = iter(forms)
     while chunk := list(islice(remaining, CHUNK)):
-        pairs = encode_answers(tokenizer, [edit.prompt for edit in chunk], [edit.target for edit in chunk])
-        yield from ((edit, *pair) for edit, pair in zip(chunk, pairs))
+        pairs = encode_answers(tokenizer, [prompt for _, prompt, _ in chunk], [edit.target for _, _, edit in chunk])
+        yield from ((index, edit, *pair) for (index, _, edit), pair in zip(chunk, pairs))

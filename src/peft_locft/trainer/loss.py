@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..preservation import divergence
+
 
 class EditLosses(NamedTuple):
     """The losses of a batch of edits.
@@ -18,10 +20,13 @@ class EditLosses(NamedTuple):
             Each edit's mean cross-entropy over its target tokens and EOS, in float32.
         learned (`torch.Tensor` of shape `(batch,)`):
             Whether each of these tokens is the most probable one, so that greedy generation gives the target.
+        divergence (`torch.Tensor`, *optional*):
+            How far the model has moved from what is to be preserved beside the batch, in nats a token.
     """
 
     per_edit: torch.Tensor
     learned: torch.Tensor
+    divergence: torch.Tensor | None = None
 
     @classmethod
     def zeros(cls, edits: int, device: torch.device) -> EditLosses:
@@ -53,6 +58,11 @@ def edit_losses(model: nn.Module, batch: dict[str, torch.Tensor], keeps_logits: 
     else:
         logits = model(**inputs, use_cache=False).logits[batch["predicts"]]
     logits = logits.float()  # (tokens, vocab)
+    moved = None
+    if "anchor_tokens" in batch:  # for the last positions
+        preserved = len(batch["anchor_tokens"])
+        moved = divergence(logits[-preserved:], batch["anchor_tokens"], batch["anchor_log_probs"])
+        logits, targets, owners = (values[:-preserved] for values in (logits, targets, owners))
     token_losses = F.cross_entropy(logits, targets, reduction="none")  # (tokens,)
 
     def per_edit(values: torch.Tensor) -> torch.Tensor:  # (tokens,) -> (edits,), sums
@@ -60,7 +70,7 @@ def edit_losses(model: nn.Module, batch: dict[str, torch.Tensor], keeps_logits: 
 
     counts = per_edit(torch.ones_like(token_losses)).clamp(min=1)
     wrong = logits.detach().argmax(dim=-1) != targets
-    return EditLosses(per_edit(token_losses) / counts, per_edit(wrong.float()) == 0)
+    return EditLosses(per_edit(token_losses) / counts, per_edit(wrong.float()) == 0, moved)
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:

@@ -12,9 +12,9 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..location import default_location
 from .config import EditConfig
 from .prefix_cache import find_prefix
+from .recipes import recipe_config
 
 
 def load_with_prefix_offloaded(name: str, args: EditConfig, peft_config: PeftConfig | None) -> PreTrainedModel:
@@ -38,7 +38,12 @@ def load_with_prefix_offloaded(name: str, args: EditConfig, peft_config: PeftCon
             AutoConfig.from_pretrained(name, **shared),
             **{key: value for key, value in shared.items() if key == "trust_remote_code"},
         )
-    peft_config = copy.deepcopy(peft_config) if peft_config is not None else default_location(empty)
+    if peft_config is None and args.recipe == "locaedit":
+        raise ValueError(
+            "`offload_prefix` is True with `recipe='locaedit'`, which traces all layers to choose some: give `peft_config`, "
+            "for example with the layers that `locft trace` proposes"
+        )
+    peft_config = copy.deepcopy(peft_config) if peft_config is not None else recipe_config(args.recipe, empty)
     device_map = prefix_device_map(get_peft_model(empty, peft_config), args.device)
     offload_folder = str(Path(args.output_dir) / "offload")
     return AutoModelForCausalLM.from_pretrained(

@@ -7,8 +7,9 @@ layers would be wrong where a layer looks up by its index what kind of attention
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,12 @@ def find_prefix(model: PeftModel) -> Prefix | None:
     Returns:
         [`Prefix`] or `None`: `None` where there is nothing to gain: the lowest layer is trained, or the embeddings are.
     """
+    layers, lowest = _layers_from(model)
+    return Prefix(layers[:lowest], layers[lowest]) if lowest else None
+
+
+def _layers_from(model: PeftModel) -> tuple[list[nn.Module], int]:
+    """Return the layers that are trained on, and the number of the lowest trained one; 0 where nothing is below it."""
     base = model.get_base_model()
     trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     stacks = sorted({layers_name(name) for name in trained} - {None})
@@ -56,10 +63,9 @@ def find_prefix(model: PeftModel) -> Prefix | None:
     above = tuple(f"{name}." for name, module in base.named_modules() if head is not None and module is head)
     outside = [name for name in trained if layers_name(name) is None and not (above and name.startswith(above))]
     if len(stacks) != 1 or outside:
-        return None
+        return [], 0
     layers = list(base.get_submodule(stacks[0]))
-    lowest = min(layer_index(name) for name in trained if layers_name(name) is not None)
-    return Prefix(layers[:lowest], layers[lowest]) if lowest else None
+    return layers, min(layer_index(name) for name in trained if layers_name(name) is not None)
 
 
 class PrefixCache:
@@ -127,25 +133,101 @@ class PrefixCache:
         return (hidden_states, *[None] * (outputs - 1)) if outputs else hidden_states
 
 
+class _LentStore:
+    """States that many places read one after the other, so that none of them may delete them."""
+
+    def __init__(self, store: StateStore):
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def delete(self) -> None:
+        """Leave the states to the next place."""
+
+
+class _SharedStates:
+    """The unedited states that enter each of several layers. In the store, those of one layer stand behind those of the
+    layer before.
+    """
+
+    def __init__(self, numbers: Collection[int]):
+        self.numbers = sorted(numbers)
+        self.store: StateStore | None = None  # of shape (layers * tokens, hidden), when it was first asked for
+
+    def cache(
+        self,
+        model: PeftModel,
+        prefix: Prefix,
+        dataset: Dataset,
+        args: EditConfig,
+        pad_token_id: int,
+        dtype: torch.dtype | None,
+    ) -> PrefixCache | None:
+        """Return the cache of a place, or `None` where it has to be built: these states are of other layers or tokens."""
+        number = len(prefix.below)
+        if number not in self.numbers:
+            return None
+        tokens = dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
+        if self.store is None:
+            layers, _ = _layers_from(model)
+            self.layers = [layers[number] for number in self.numbers]
+            self.dtype, self.tokens = dtype, tokens
+            with model.disable_adapter():
+                self.store, self.starts = _build(model, prefix, self.layers, dataset, args, pad_token_id, dtype)
+        place = self.numbers.index(number)
+        if self.layers[place] is not prefix.first or dtype != self.dtype or not tokens.equals(self.tokens):
+            return None
+        return PrefixCache(prefix, _LentStore(self.store), self.starts + place * int(self.starts[-1]))
+
+
+_SHARED: ContextVar[_SharedStates | None] = ContextVar("_SHARED", default=None)
+
+
+@contextmanager
+def shared_prefix_states(layers: Collection[int]) -> Iterator[None]:
+    """Within this context, one model is trained at several places on the same edits, and the first cache that is built gives
+    those of all places: one forward pass of the unedited model has the states that enter every layer.
+
+    A cache of another model, other edits or another layer is built as ever. Together, the states are a file from the size on
+    that `prefix_cache_memory` tells, in the output folder of the first place.
+
+    Args:
+        layers (`Collection[int]`):
+            The lowest layers of the places, counted from 0.
+    """
+    shared = _SharedStates({layer for layer in layers if layer > 0})  # below the first one, there is nothing to share
+    token = _SHARED.set(shared)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+        if shared.store is not None:
+            shared.store.delete()
+
+
 class _Reached(Exception):
-    """Ends a forward pass at the lowest trained layer, with what enters it."""
-
-    def __init__(self, states: torch.Tensor):
-        self.states = states
+    """Ends a forward pass at the last layer whose states are wanted."""
 
 
-def _entering(model: nn.Module, prefix: Prefix, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        raise _Reached(args[0] if args else kwargs["hidden_states"])
+def _entering(model: nn.Module, layers: Sequence[nn.Module], batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return what enters each of some layers, in their order, each of shape (rows, width, hidden)."""
+    entered: list[torch.Tensor] = []
 
-    handle = prefix.first.register_forward_pre_hook(stop, with_kwargs=True)
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+        if module is layers[-1]:
+            raise _Reached
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
     try:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    except _Reached as reached:
-        return reached.states
+    except _Reached:
+        return entered
     finally:
-        handle.remove()
-    raise RuntimeError(f"a forward pass did not reach {type(prefix.first).__name__}")
+        for handle in handles:
+            handle.remove()
+    raise RuntimeError(f"a forward pass did not reach {type(layers[-1]).__name__}")
 
 
 def build_prefix_cache(
@@ -173,8 +255,13 @@ def build_prefix_cache(
         prefix = find_prefix(model)
         if prefix is None:
             return None
+        shared = _SHARED.get()
         try:
-            return _build(model, prefix, dataset, args, pad_token_id, dtype)
+            if shared is not None:
+                cache = shared.cache(model, prefix, dataset, args, pad_token_id, dtype)
+                if cache is not None:
+                    return cache
+            return PrefixCache(prefix, *_build(model, prefix, [prefix.first], dataset, args, pad_token_id, dtype))
         except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, OSError) as error:
             reason = f"this model's layers cannot be cut ({type(error).__name__}: {error})"
     warn_off(reason)
@@ -195,11 +282,13 @@ def _obstacle(args: EditConfig) -> str | None:
 def _build(
     model: PeftModel,
     prefix: Prefix,
+    layers: Sequence[nn.Module],
     dataset: Dataset,
     args: EditConfig,
     pad_token_id: int,
     dtype: torch.dtype | None,
-) -> PrefixCache:
+) -> tuple[StateStore, torch.Tensor]:
+    """Store what enters each of some layers; return the store, and where each edit begins in it."""
     lengths = lengths_of(dataset)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     collator = EditCollator(pad_token_id)
@@ -220,17 +309,26 @@ def _build(
             columns = dataset[chosen.tolist()]
             batch = collator([dict(zip(columns, values)) for values in zip(*columns.values())])
             batch = {name: value.to(model.device) for name, value in batch.items()}
-            states = _entering(model, prefix, batch)[batch["attention_mask"].bool()]  # (tokens, hidden)
+            mask = batch["attention_mask"].bool()  # (rows, width)
+            states = [entered[mask] for entered in _entering(model, layers, batch)]  # each (tokens, hidden)
             if store is None:
-                shape = (int(starts[-1]), states.shape[-1])
-                store = StateStore(shape, dtype or states.dtype, outputs[-1])
+                shape = (len(layers) * int(starts[-1]), states[0].shape[-1])
+                store = StateStore(shape, dtype or states[0].dtype, outputs[-1])
                 if store.bytes > args.prefix_cache_memory * 2**30:
                     folder = Path(args.output_dir)
-                    if store.open_file(folder, prefix_key(model, prefix.first, dataset)):
+                    if store.open_file(folder, _key(model, layers, dataset)):
                         break  # an interrupted run computed them
             tokens = torch.cat([torch.arange(starts[edit], starts[edit + 1]) for edit in chosen.tolist()])
-            store.write(tokens, states)
+            for number, some in enumerate(states):
+                store.write(tokens + number * int(starts[-1]), some)
     finally:
         counting.remove()
     store.finish()
-    return PrefixCache(prefix, store, starts)
+    return store, starts
+
+
+def _key(model: PeftModel, layers: Sequence[nn.Module], dataset: Dataset) -> str:
+    """Return a hash of all that the states depend on, and of which layers they enter."""
+    key = prefix_key(model, layers[-1], dataset)
+    chosen = {id(layer) for layer in layers}
+    return "".join([key, *(f" {name}" for name, module in model.named_modules() if id(module) in chosen)])

@@ -30,18 +30,22 @@ class EpochProgress:
             How many edits were visited.
         skipped (`int`):
             How many batches made no step, because their loss was small.
+        divergence (`float`):
+            The sum of the batches' divergences from what is preserved, each times its edits.
     """
 
     loss: float = 0.0
     learned: int = 0
     edits: int = 0
     skipped: int = 0
+    divergence: float = 0.0
 
-    def add(self, loss: float, learned: int, edits: int) -> None:
+    def add(self, loss: float, learned: int, edits: int, divergence: float) -> None:
         """Add the sums of a batch."""
         self.loss += loss
         self.learned += learned
         self.edits += edits
+        self.divergence += divergence
 
     def save(self, checkpoint: str | os.PathLike) -> None:
         """Write the sums into a checkpoint, so that one in the middle of an epoch resumes to the same mean."""
@@ -69,6 +73,10 @@ class EpochEndCallback(TrainerCallback):
             # Resumed from a checkpoint of an epoch's last step, which was made before the epoch was closed.
             self.on_epoch_end(args, state, control, **kwargs)
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # Before the first batch is made: its edits' forms depend on the epoch.
+        self.trainer.data_collator.pool.epoch = int((state.epoch or 0) + 1e-6)  # a fraction, if resumed within one
+
     def on_epoch_end(self, args, state, control, **kwargs):
         progress, self.trainer.progress = self.trainer.progress, EpochProgress()
         if not progress.edits:
@@ -81,6 +89,8 @@ class EpochEndCallback(TrainerCallback):
             "edits_visited": progress.edits,
             "batches_skipped": progress.skipped,
         }
+        if args.kl_weight:
+            logs["divergence"] = progress.divergence / progress.edits
         if args.recheck_epochs:
             logs["edits_resting"] = int(self.trainer.resting.now.sum())
         self.trainer.log(logs)

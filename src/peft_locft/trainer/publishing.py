@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
@@ -38,7 +39,9 @@ class PublishingTrainer(Trainer):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         model = self.accelerator.unwrap_model(self.model)
         files = self._attach_files()
-        model.save_pretrained(output_dir, state_dict=state_dict)
+        projection = self._preservation.projection if self._preservation is not None else None
+        with projection.folded(output_dir) if projection is not None else nullcontext():
+            model.save_pretrained(output_dir, state_dict=state_dict if projection is None else None)
         config, adapter = model.active_peft_config, model.active_adapter
         if not isinstance(config, LocFTConfig) or adapter != "default":  # else it has written them beside the weights
             for name, content in files.items():

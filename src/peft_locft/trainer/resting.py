@@ -56,7 +56,7 @@ class Resting:
         rests = self.now[index]
         self.losses[index] = torch.where(rests, self.losses[index], losses.per_edit.detach().float().cpu())
         known = self.losses[index].to(losses.per_edit)
-        return EditLosses(known, losses.learned | rests.to(losses.learned.device))
+        return losses._replace(per_edit=known, learned=losses.learned | rests.to(losses.learned.device))
 
     def end_epoch(self, loss: float) -> bool:
         """Choose who rests in the next epoch.

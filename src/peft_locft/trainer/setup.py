@@ -47,7 +47,12 @@ def automatic_learning_rate(model: PeftModel) -> float:
     Returns:
         `float`: 5e-4 · 14336 / (the widest input of an edited module) for LocFT, else 2e-3.
     """
-    widths = [module.in_features for module in model.modules() if isinstance(module, LocFTLayer)]
+    widths = [
+        # Fused experts, (experts, out_features, in_features), have no width of their own.
+        getattr(module, "in_features", None) or max(p.shape[-1] for p in module.parameters() if p.requires_grad)
+        for module in model.modules()
+        if isinstance(module, LocFTLayer)
+    ]
     return _PAPER_RATE * _PAPER_WIDTH / max(widths) if widths else _OTHER_RATE
 
 

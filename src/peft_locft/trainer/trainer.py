@@ -21,7 +21,6 @@ from transformers import (
 
 from ..edits import EditSet, load_edits
 from ..evaluation import METRICS, Answer, EditResults, evaluate_edits
-from ..location import default_location
 from ..tuner import LocFTConfig, check_tokenizer
 from .batches import EditCollator
 from .breadth_first import BreadthFirstTrainer
@@ -31,7 +30,9 @@ from .data import tokenize_edits
 from .exactness import Shortcuts
 from .loss import takes_logits_to_keep
 from .offload import offload_prefix
+from .preserving import Preservation
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
+from .recipes import TERMS, recipe_config
 from .resting import Resting
 from .setup import (
     automatic_batch_size,
@@ -63,7 +64,7 @@ class EditTrainer(BreadthFirstTrainer):
             The tokenizer. Defaults to the model's own.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Where and how to train: a [`LocFTConfig`] or the config of any other PEFT method that changes modules, such
-            as LoRA. Defaults to the down projection of a late layer.
+            as LoRA. Defaults to that of `args.recipe`: [`LocFTConfig.recommended`] for the paper's.
         callbacks (`list[TrainerCallback]`, *optional*):
             Further callbacks.
         optimizers (`tuple`, *optional*):
@@ -125,9 +126,14 @@ class EditTrainer(BreadthFirstTrainer):
             processing_class = load_tokenizer(model)
         base_model = model.get_base_model() if isinstance(model, PeftModel) else model
         check_decoder(base_model)
-        tokenized = tokenize_edits(self.edits, processing_class, max_length(args, base_model, processing_class))
+        self._max_length = max_length(args, base_model, processing_class)
+        tokenized = tokenize_edits(self.edits, processing_class, self._max_length)
         if not isinstance(model, PeftModel):
-            peft_config = copy.deepcopy(peft_config) if peft_config is not None else default_location(model)
+            peft_config = (
+                copy.deepcopy(peft_config)
+                if peft_config is not None
+                else recipe_config(args.recipe, model, processing_class, self.edits)
+            )
             peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
             model = get_peft_model(model, peft_config)
         elif not any(parameter.requires_grad for parameter in model.parameters()):
@@ -164,6 +170,7 @@ class EditTrainer(BreadthFirstTrainer):
         self.progress = EpochProgress()
         self.resting = Resting(len(self.edits), args)
         self._shortcuts = Shortcuts()
+        self._preservation: Preservation | None = None
         self.results: EditResults | None = None
         self._report: EditResults | None = None
         self._keeps_logits = takes_logits_to_keep(base_model)
@@ -247,4 +254,4 @@ class EditTrainer(BreadthFirstTrainer):
             "skip_loss": self.args.skip_loss,
             "stop_loss": self.args.stop_loss,
             "seed": self.args.seed,
-        }
+        } | {name: getattr(self.args, name) for name in TERMS if getattr(self.args, name)}

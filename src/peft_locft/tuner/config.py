@@ -13,6 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
+from torch import nn
+from transformers import PreTrainedConfig
 
 from ..edits import EditSet, write_atomically
 
@@ -166,6 +168,48 @@ class LocFTConfig(PeftConfig):
         self._has_filled_fingerprint = False
         self._companions: dict[str, str | EditSet] | None = None
         self._origin: tuple[str, str | None, dict] | None = None
+        self._reason: str | None = None
+
+    @classmethod
+    def recommended(cls, model: nn.Module | PreTrainedConfig) -> LocFTConfig:
+        """Return the config for the place that is recommended for a model, which is the default of [`EditTrainer`].
+
+        For the models that the paper names (Llama-3-8B, Mistral-7B-v0.1, Qwen2.5-7B, Qwen1.5-MoE-A2.7B) it is the paper's
+        place, for larger members of these families the proportional layer, and for all others the down projection of a
+        late layer. The config's `reason` says which of these, and why. What a model is, is told by the fields of its
+        config: type, number of layers, hidden size and vocabulary.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`] or [`~transformers.PreTrainedConfig`]):
+                The model to be edited, or its config. From a config, no weights are loaded.
+
+        Returns:
+            [`LocFTConfig`]: With one layer and one entry in `target_modules`.
+
+        Raises:
+            `TypeError`: If `model` is neither a model nor a config.
+            `ValueError`: If the config does not tell the number of layers, or no down projection is found.
+
+        Examples:
+
+        ```python
+        >>> from transformers import AutoConfig
+        >>> config = LocFTConfig.recommended(AutoConfig.from_pretrained("Qwen/Qwen2.5-72B"))
+        >>> config.layers, config.target_modules
+        ([19], {'mlp.down_proj'})
+        ```
+        """
+        from .recommendation import recommended_place  # which imports this file
+
+        place = recommended_place(model)
+        config = cls(layers=[place.layer], target_modules=[place.module], task_type="CAUSAL_LM")
+        config._reason = place.reason
+        return config
+
+    @property
+    def reason(self) -> str | None:
+        """Why this place is recommended, in words (`str`); `None` for a config that was made otherwise. Not saved."""
+        return self._reason
 
     def set_layers(self, layers: list[int]) -> None:
         """Set the layers under both of their names.

@@ -1,0 +1,127 @@
+"""`locft search`: which layer and which modules to edit."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from trl import TrlParser
+
+from ..edits import load_edits
+from ..search import GROUPS, SearchResults, plot_search, search_locations
+from ..trainer import EditConfig
+
+
+_SHOWN = 10
+
+
+@dataclass
+class SearchArguments:
+    """Which model and edits, which places, and where to."""
+
+    model: str = field(metadata={"help": "The model to edit: its name on the Hub, or its folder."})
+    edits: str = field(metadata={"help": "The edits: a JSON, JSONL, CSV or Parquet file, or a dataset on the Hub."})
+    output: str = field(metadata={"help": "The folder to write the results to, and to go on from."})
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "The layers to try; negative ones count from the last. Default: all."}
+    )
+    groups: list[str] = field(
+        default_factory=lambda: list(GROUPS),
+        metadata={"help": "The groups of modules to try: some of layer, attention, mlp, up and down. Default: all."},
+    )
+    sample: int = field(default=100, metadata={"help": "How many of the edits to search with."})
+    texts: str | None = field(
+        default=None,
+        metadata={"help": "A file of plain texts, one a line, whose perplexity is measured for capability."},
+    )
+    num_texts: int = field(
+        default=8, metadata={"help": "How many of the texts to measure, spread evenly over the file."}
+    )
+    rungs: int = field(
+        default=3,
+        metadata={"help": "How many rounds, each with the best quarter of the last. 1 trains all to the end."},
+    )
+    on_conflict: str = field(
+        default="raise",
+        metadata={
+            "help": "Of two edits of one prompt with different targets, keep the 'first' or 'last', or 'raise'."
+        },
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Run `locft search`.
+
+    Args:
+        arguments (`list[str]`):
+            The options.
+    """
+    options, config = TrlParser((SearchArguments, EditConfig), prog="locft search").parse_args_and_config(arguments)
+    if config.output_dir not in (None, "trainer_output", options.output):
+        raise ValueError(
+            f"`--output` is {options.output} and `--output_dir` is {config.output_dir}: give `--output` only"
+        )
+    if Path(options.model).is_absolute() and not Path(options.model).is_dir():
+        raise ValueError(f"the model folder {options.model} does not exist")
+    results = search_locations(
+        options.model,
+        load_edits(options.edits, on_conflict=options.on_conflict),
+        layers=options.layers,
+        groups=options.groups,
+        sample=options.sample,
+        texts=_read_texts(options.texts, options.num_texts) if options.texts is not None else None,
+        rungs=options.rungs,
+        args=config,
+        output_dir=options.output,
+    )
+    folder = Path(options.output)
+    results.save(folder)
+    results.best.save_pretrained(folder / "config")
+    try:
+        plot_search(results, folder / "search.png")
+    except ImportError as error:
+        print(f"There is no picture: {error}")
+    _print(results, options)
+
+
+def _read_texts(path: str, count: int) -> list[str]:
+    if count < 1:
+        raise ValueError(f"`--num_texts` is {count}, expected at least 1")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the file of texts {path} does not exist")
+    texts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ValueError(f"the file of texts {path} is empty, expected one text a line")
+    count = min(count, len(texts))
+    return [texts[number * len(texts) // count] for number in range(count)]
+
+
+def _print(results: SearchResults, options: SearchArguments) -> None:
+    console = Console()
+    ranked, front = results.ranked(), results.pareto_front()
+    title = f"The best {min(_SHOWN, len(ranked))} of {len(ranked)} places"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)  # without a frame, it fits 80 columns
+    names = [name for name in results.score_names() if name != "perplexity"]  # which is in capability
+    for name in ("layer", "group", "rung", *names, "mean"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    for row in ranked[:_SHOWN]:
+        scores = [f"{row.scores[name]:.2f}" for name in names]
+        mean = Text(f"{row.score:.3f}{'*' if row in front else ' '}", "bold" if row is ranked[0] else "")
+        table.add_row(str(row.layer), row.group, str(row.rung), *scores, mean)
+    console.print(table)
+    learned, kept = results.pareto_axes()
+    best = ranked[0]
+    command = ["locft", "edit", "--model", options.model, "--edits", options.edits, "--output", "OUTPUT"]
+    command += ["--layers", str(best.layer), "--target_modules", best.module]
+    command += ["--learning_rate", f"{best.learning_rate:.4g}"]
+    for line in (
+        f"*: of the last rung, no place has a better {learned} without a worse {kept}.",
+        f"The searched places took {sum(row.seconds for row in results.rows):.0f} s. The results are in {options.output}.",
+        f"Next: {shlex.join(command)}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,25 @@
+"""Terms that leave the rest of the model alone: what it says, and the directions in which ordinary text lives."""
+
+from .anchors import Anchor, divergence, make_anchors
+from .deltas import Delta, trained_deltas
+from .limits import LimitCallback, squared_norm
+from .projector import Projection
+from .samples import sample_questions, sample_texts
+from .statistics import STATISTICS_NAME, InputStatistics, input_statistics
+
+
+__all__ = [
+    "STATISTICS_NAME",
+    "Anchor",
+    "Delta",
+    "InputStatistics",
+    "LimitCallback",
+    "Projection",
+    "divergence",
+    "input_statistics",
+    "make_anchors",
+    "sample_questions",
+    "sample_texts",
+    "squared_norm",
+    "trained_deltas",
+]

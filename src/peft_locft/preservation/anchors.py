@@ -1,0 +1,129 @@
+"""What the unedited model says to questions and in texts, which the edited one is held to by a KL term.
+
+The divergence is that from the unedited to the edited model, as in the KL term of ROME's constrained baselines (arXiv
+2202.05262, appendix on baselines) and in learning without forgetting (arXiv 1606.09282). What the unedited model says is
+stored once: its most probable tokens one by one, and all others as one, so that a large vocabulary takes no room. A
+divergence between distributions whose outcomes were joined is never larger than the one between the whole ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..edits.tokens import encode_prompts
+from ..evaluation import generate_greedy
+
+
+_KEPT = 64
+_BATCH = 16
+
+
+class Anchor(NamedTuple):
+    """A sequence of tokens, and what the unedited model says at some of them.
+
+    Args:
+        input_ids (`list[int]`):
+            The tokens.
+        first (`int`):
+            The first position whose next token is said. All from there to the last but one are.
+        tokens (`torch.Tensor`):
+            The most probable next tokens at these positions, of shape (positions, kept), in int32.
+        log_probs (`torch.Tensor`):
+            Their log probabilities, of the same shape, in float16.
+    """
+
+    input_ids: list[int]
+    first: int
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+
+
+@torch.no_grad()
+def make_anchors(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    *,
+    answer_length: int,
+    text_length: int,
+) -> list[Anchor]:
+    """Ask the unedited model what it says.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The unedited model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (`Sequence[str]`):
+            Questions, which it answers greedily. It is held to what it says in its answer, and to where that ends.
+        texts (`Sequence[str]`):
+            Texts, at every token of which it is held to what it says next.
+        answer_length (`int`):
+            How many tokens of an answer are looked at.
+        text_length (`int`):
+            How many tokens of a text are looked at.
+
+    Returns:
+        `list[Anchor]`: One for each question and text, in their order.
+    """
+    sequences = [(ids, len(ids) - 1) for ids in encode_prompts(tokenizer, prompts)]
+    answers = generate_greedy(model, tokenizer, prompts, [answer_length] * len(prompts))
+    sequences = [(ids + answer, first) for (ids, first), answer in zip(sequences, answers)]
+    sequences += [(ids[:text_length], 0) for ids in encode_prompts(tokenizer, texts) if len(ids) > 1]
+    anchors: list[Anchor | None] = [None] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number][0]))
+    for begin in range(0, len(order), _BATCH):
+        chosen = order[begin : begin + _BATCH]
+        ids, mask = _padded([sequences[number][0] for number in chosen], model.device)
+        said = torch.zeros_like(mask, dtype=torch.bool)
+        for row, number in enumerate(chosen):
+            sequence, first = sequences[number]
+            said[row, first : len(sequence) - 1] = True
+        states = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[said].float()
+        log_probs, tokens = states.log_softmax(-1).topk(min(_KEPT, states.shape[-1] - 1))
+        parts = said.sum(1).tolist()
+        for number, some, probable in zip(chosen, log_probs.split(parts), tokens.split(parts)):
+            sequence, first = sequences[number]
+            anchors[number] = Anchor(sequence, first, probable.int().cpu(), some.half().cpu())
+    return anchors
+
+
+def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def divergence(logits: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """Return the mean KL divergence from what the unedited model said.
+
+    Args:
+        logits (`torch.Tensor`):
+            The edited model's, of shape (positions, vocabulary).
+        tokens (`torch.Tensor`):
+            The unedited model's most probable tokens, of shape (positions, kept).
+        log_probs (`torch.Tensor`):
+            Their log probabilities, of the same shape.
+
+    Returns:
+        `torch.Tensor`: A scalar, in nats.
+    """
+    old = log_probs.float()
+    new = logits.float().log_softmax(-1).gather(-1, tokens.long())  # (positions, kept)
+    kept = (old.exp() * (old - new)).sum(-1)
+    old_rest, new_rest = (_log_rest(some) for some in (old, new))
+    return (kept + old_rest.exp() * (old_rest - new_rest)).mean()
+
+
+def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """Return the log probability of all that is not kept."""
+    return torch.log((1 - log_probs.exp().sum(-1)).clamp(min=1e-6))

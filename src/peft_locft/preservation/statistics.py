@@ -1,0 +1,144 @@
+"""What enters the edited modules when the model reads ordinary text: the second moment of their inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+STATISTICS_NAME = "input_statistics.safetensors"
+
+
+class InputStatistics(Mapping[str, torch.Tensor]):
+    """The second moments C = E[x xᵀ] of the inputs of modules, by the modules' names.
+
+    Args:
+        moments (`dict[str, torch.Tensor]`):
+            Of shape (in_features, in_features), in float32, by the module's name in the base model.
+        tokens (`int`):
+            How many tokens they are the mean of.
+    """
+
+    def __init__(self, moments: dict[str, torch.Tensor], tokens: int):
+        self._moments, self.tokens = moments, tokens
+
+    def __getitem__(self, module: str) -> torch.Tensor:
+        return self._moments[module]
+
+    def __iter__(self):
+        return iter(self._moments)
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write them into a folder, as `input_statistics.safetensors`, which can be published like any other file.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                The folder.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        path = Path(folder) / STATISTICS_NAME
+        unfinished = path.with_suffix(".part")
+        save_file(self._moments, unfinished, metadata={"tokens": json.dumps(self.tokens)})
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike) -> InputStatistics:
+        """Read them.
+
+        Args:
+            source (`str` or `os.PathLike`):
+                A folder, or a repository on the Hub.
+
+        Returns:
+            [`InputStatistics`]: The statistics.
+        """
+        folder = Path(source)
+        path = folder / STATISTICS_NAME if folder.is_dir() else hf_hub_download(str(source), STATISTICS_NAME)
+        with safe_open(path, "pt") as file:
+            tokens = json.loads((file.metadata() or {}).get("tokens", "0"))
+            return cls({name: file.get_tensor(name) for name in file.keys()}, tokens)
+
+
+@torch.no_grad()
+def input_statistics(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    modules: Sequence[str],
+    *,
+    max_length: int = 512,
+    batch_size: int = 8,
+) -> InputStatistics:
+    """Compute the second moments of what enters some modules while the model reads texts.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The unedited model. Modules that PEFT has wrapped are known by their names in the model below it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        texts (`Sequence[str]`):
+            Ordinary text. What comes after `max_length` tokens is not read.
+        modules (`Sequence[str]`):
+            The names of the modules, whose inputs have the shape (..., in_features).
+        max_length (`int`, *optional*, defaults to `512`):
+            How many tokens of a text are read.
+        batch_size (`int`, *optional*, defaults to `8`):
+            How many texts are read at once.
+
+    Returns:
+        [`InputStatistics`]: The statistics.
+
+    Raises:
+        `ValueError`: If there is no text.
+    """
+    encoded = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
+    encoded = sorted((ids for ids in encoded if ids), key=len)
+    if not encoded:
+        raise ValueError(
+            f"got {len(texts)} texts with no token in them, expected ordinary text to compute statistics of"
+        )
+    sums: dict[str, torch.Tensor] = {}
+    mask: torch.Tensor | None = None
+
+    def watch(name: str):
+        def add(module: nn.Module, args: tuple) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            x = x[mask].float()  # (tokens, in_features)
+            moment = x.T @ x
+            sums[name] = sums[name] + moment if name in sums else moment
+
+        return add
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in modules]
+    was_training = model.training
+    model.eval()
+    try:
+        for begin in range(0, len(encoded), batch_size):
+            batch = encoded[begin : begin + batch_size]
+            width = max(map(len, batch))
+            ids = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
+            attention = torch.zeros_like(ids)
+            for row, tokens in enumerate(batch):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                attention[row, : len(tokens)] = 1
+            mask = attention.bool().flatten()
+            # The head is not asked: its logits would be most of the work.
+            model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    tokens = sum(map(len, encoded))
+    return InputStatistics({name: (moment / tokens).cpu() for name, moment in sums.items()}, tokens)

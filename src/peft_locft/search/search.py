@@ -1,0 +1,181 @@
+"""`search_locations`: train every place a little, the best of them more, and tell where to edit."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..edits import EditSet, load_edits
+from ..trainer import EditConfig
+from ..trainer.setup import check_decoder, load_model
+from ..tuner.fingerprint import tokenizer_fingerprint
+from .journal import JOURNAL_NAME, Journal, model_hash
+from .places import GROUPS, find_places
+from .results import SearchResults
+from .rungs import plan_rungs
+from .scoring import Scorer, check_metrics
+from .sweep import Sweep
+
+
+# Arguments of a run that change nothing of what it finds.
+_WITHOUT_EFFECT = re.compile(
+    "output_dir|logging|log_|report_to|run_name|project|trackio|disable_tqdm|hub_|push_|save_|load_best|eval_|do_|"
+    "per_device_eval|dataloader|prefix_cache|resume|skip_memory|include_"
+)
+
+
+def search_locations(
+    model: str | PreTrainedModel,
+    edits: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    layers: Sequence[int] | None = None,
+    groups: Sequence[str] = GROUPS,
+    sample: int = 100,
+    texts: Sequence[str] | None = None,
+    metrics: Mapping[str, Callable[[PreTrainedModel], float]] | None = None,
+    rungs: int = 3,
+    args: EditConfig | None = None,
+    output_dir: str | os.PathLike | None = None,
+) -> SearchResults:
+    """
+    Search the place to edit: every layer times five groups of modules, as in section 4.2 of LocFT-BF ([arXiv
+    2509.22072](https://arxiv.org/abs/2509.22072)), by successive halving ([arXiv
+    1502.07943](https://arxiv.org/abs/1502.07943)).
+
+    All places are trained for a few epochs on a part of the sample; the best quarter of them again, from the start, on
+    twice the edits for twice the epochs, and so on; the last rung trains on the whole sample for all epochs of `args`. A
+    place is ranked by the mean of its scores: reliability, generalization, locality, portability and capability, as far as
+    the edits have such questions and texts or metrics are given. A trial is the same as a run of [`EditTrainer`] with its
+    place, edits, epochs and rate. The model is loaded once, the unedited model is asked once, and in each rung one forward
+    pass gives the states that enter every layer.
+
+    Without a `learning_rate` in `args`, a place is trained at the automatic rate of the [`EditTrainer`] for it.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The model: its name on the Hub, its folder, or a loaded model. Its weights are the same afterwards.
+        edits ([`EditSet`], `str` or whatever else [`load_edits`] makes edits of):
+            The edits.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. Defaults to the model's own.
+        layers (`Sequence[int]`, *optional*):
+            The layers; negative ones count from the last. Defaults to all.
+        groups (`Sequence[str]`, *optional*):
+            Some of `"layer"` (all modules of the layer), `"attention"`, `"mlp"`, `"up"` and `"down"` (the MLP's up and down
+            projection). Defaults to all five.
+        sample (`int`, *optional*, defaults to `100`):
+            How many of the edits to search with, drawn with the seed of `args`.
+        texts (`Sequence[str]`, *optional*):
+            Plain texts, whose perplexity is measured for capability.
+        metrics (`Mapping[str, Callable[[PreTrainedModel], float]]`, *optional*):
+            Further measures of capability by name: functions that take the edited model and return a number, of which more
+            is better.
+        rungs (`int`, *optional*, defaults to `3`):
+            How many rungs there are at most. With 1, every place is trained to its end.
+        args ([`EditConfig`], *optional*):
+            How to train. Its `num_train_epochs` are those of the last rung. Defaults to the published procedure.
+        output_dir (`str` or `os.PathLike`, *optional*):
+            Where to append each trial to `search.jsonl`, from which a search that was stopped goes on.
+
+    Returns:
+        [`SearchResults`]: Every trial, the ranking, and the config to use.
+
+    Raises:
+        `ValueError`: If a layer or group does not exist, the arguments do not go with a search, or `output_dir` holds
+            another search.
+
+    Examples:
+
+    ```python
+    >>> results = search_locations("HuggingFaceTB/SmolLM2-135M-Instruct", "edits.jsonl", output_dir="places")
+    >>> trainer = EditTrainer(model, train_dataset="edits.jsonl", peft_config=results.best)
+    ```
+    """
+    args = copy.copy(args) if args is not None else EditConfig()
+    _check(model, args, sample, rungs)
+    check_metrics(metrics)
+    edits = load_edits(edits)
+    if isinstance(model, str):
+        model, tokenizer = load_model(model, args, tokenizer)
+    check_decoder(model)
+    tokenizer = tokenizer or _own_tokenizer(model)
+    places = find_places(model, layers, groups)
+    edits = EditSet([edits[i] for i in random.Random(args.seed).sample(range(len(edits)), min(sample, len(edits)))])
+    plan = plan_rungs(len(places), len(edits), math.ceil(args.num_train_epochs), rungs)
+    settings = {
+        "edits": hashlib.sha256(edits.to_jsonl().encode()).hexdigest(),
+        "places": [[place.layer, place.module] for place in places],
+        "rungs": [list(rung) for rung in plan],
+        "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest() if texts is not None else None,
+        "metrics": sorted(metrics or {}),
+        **{name: str(value) for name, value in args.to_dict().items() if not _WITHOUT_EFFECT.match(name)},
+    }
+    with ExitStack() as stack:
+        journal = None
+        if output_dir is not None:
+            identity = {"model": model_hash(model), "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
+            journal = Journal(Path(output_dir) / JOURNAL_NAME, identity)
+        # For states that are too many for the memory. A search that was killed may have left it.
+        work = Path(output_dir) / "work" if output_dir is not None else Path(tempfile.mkdtemp())
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        stack.enter_context(_as_it_was(model))
+        if not hasattr(model, "hf_device_map"):
+            model.to(args.device)
+        args.output_dir = str(work)
+        scorer = Scorer(model, tokenizer, edits, texts, metrics, args.per_device_eval_batch_size)
+        rows = Sweep(model, tokenizer, edits, args, scorer, journal).run(places, plan)
+    name = getattr(model.config, "_name_or_path", "")
+    found = {"model": name, "edits": len(edits), "seed": args.seed, "rungs": [rung._asdict() for rung in plan]}
+    return SearchResults(rows, scorer.before, found)
+
+
+def _check(model: Any, args: EditConfig, sample: int, rungs: int) -> None:
+    if isinstance(model, PeftModel):
+        raise ValueError("`model` is a PeftModel: give the base model, on which the search puts adapters of its own")
+    for name, value in (("sample", sample), ("rungs", rungs)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"`{name}` is {value!r}, expected an integer of at least 1")
+    if args.max_steps > 0:
+        raise ValueError(
+            f"`max_steps` is {args.max_steps}: a search shares epochs out, so give `num_train_epochs` instead"
+        )
+    if args.offload_prefix:
+        raise ValueError(
+            "`offload_prefix` is True: a search trains in all layers, so none can stay outside the device. Leave it out"
+        )
+
+
+def _own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    name = model.config.name_or_path
+    if not name:
+        raise ValueError("the model does not tell where its tokenizer is: pass it as `tokenizer`")
+    return AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards, the model is in the mode it was in, and what could be trained can be."""
+    modes = {module: module.training for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)

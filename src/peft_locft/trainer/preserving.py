@@ -1,0 +1,227 @@
+"""What a run needs beside its edits to leave the rest of the model alone, and to make edits hold in other words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..edits import EditSet, write_atomically
+from ..preservation import (
+    STATISTICS_NAME,
+    Anchor,
+    Delta,
+    InputStatistics,
+    LimitCallback,
+    Projection,
+    input_statistics,
+    make_anchors,
+    sample_questions,
+    sample_texts,
+    squared_norm,
+    trained_deltas,
+)
+from .config import EditConfig
+from .pool import TrainingPool, make_forms
+
+
+FOLDER_NAME = "preservation"
+_SAMPLES_NAME = "samples.json"
+_QUESTIONS, _TEXTS, _TEXT_TOKENS = 256, 48, 128
+_ANSWER_TOKENS, _ANCHOR_TOKENS = 8, 48
+
+
+@dataclass
+class Preservation:
+    """What beside the edits' loss a run is trained by.
+
+    Args:
+        pool ([`TrainingPool`]):
+            All sequences.
+        deltas (`list[Delta]`):
+            What is trained, if a term depends on it.
+        projection ([`Projection`], *optional*):
+            The projectors that deltas are trained behind.
+        kl_weight (`float`):
+            How much a nat of divergence counts.
+        l2_weight (`float`):
+            How much the relative size of the deltas counts.
+    """
+
+    pool: TrainingPool
+    deltas: list[Delta]
+    projection: Projection | None
+    kl_weight: float
+    l2_weight: float
+
+    def terms(self, divergence: torch.Tensor | None) -> torch.Tensor | float:
+        """Return what is added to a batch's mean loss.
+
+        Args:
+            divergence (`torch.Tensor`, *optional*):
+                How far the model has moved from what is preserved.
+
+        Returns:
+            `torch.Tensor` or `float`: A scalar, 0 where all terms are off.
+        """
+        terms = self.kl_weight * divergence if divergence is not None else 0.0
+        return terms + self.l2_weight * squared_norm(self.deltas) if self.l2_weight else terms
+
+
+@contextmanager
+def preserving(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: EditSet,
+    bare: Dataset,
+    args: EditConfig,
+    max_length: int | None,
+    add_callback: Callable,
+    remove_callback: Callable,
+) -> Iterator[Preservation]:
+    """Prepare what the arguments ask for. Within this context, it is in force.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        edits ([`EditSet`]):
+            The edits.
+        bare ([`~datasets.Dataset`]):
+            The tokens of their bare prompts.
+        args ([`EditConfig`]):
+            The training arguments.
+        max_length (`int`, *optional*):
+            The longest sequence that the model takes, in tokens.
+        add_callback (`Callable`):
+            The trainer's.
+        remove_callback (`Callable`):
+            The trainer's.
+
+    Returns:
+        [`Preservation`]: What is in force.
+    """
+    folder = Path(args.output_dir) / FOLDER_NAME
+    samples = _Samples(model, tokenizer, args, folder)
+    prefixes = samples.texts if args.contexts else []
+    forms = make_forms(edits, args.contexts, prefixes, tokenizer, max_length, args.seed)
+    anchors: list[Anchor] = []
+    if args.kl_weight:
+        with model.disable_adapter():
+            anchors = make_anchors(
+                model,
+                tokenizer,
+                samples.questions,
+                samples.texts,
+                answer_length=_ANSWER_TOKENS,
+                text_length=_ANCHOR_TOKENS,
+            )
+    pool = TrainingPool(bare, forms, anchors, args.seed)
+    deltas: list[Delta] = []
+    if asked := [name for name in ("projector", "l2_weight", "max_delta", "max_growth") if getattr(args, name)]:
+        deltas = trained_deltas(model, asked[0])
+    with ExitStack() as stack:
+        projection = None
+        if args.projector:
+            projection = Projection(
+                deltas, _statistics(model, tokenizer, deltas, samples, args, folder), args.projector
+            )
+            projection.start()
+            stack.enter_context(projection.applied())
+        if args.max_delta or args.max_growth:
+            limits = LimitCallback(deltas, args.max_delta, args.max_growth)
+            add_callback(limits)
+            stack.callback(remove_callback, limits)
+        yield Preservation(pool, deltas, projection, args.kl_weight, args.l2_weight)
+
+
+def forget_samples(output_dir: str) -> None:
+    """Delete what a run that was not resumed left: it may have been of another model."""
+    shutil.rmtree(Path(output_dir) / FOLDER_NAME, ignore_errors=True)
+
+
+class _Samples:
+    """Questions and texts: the user's, or what the unedited model says, kept in a folder for a run that is resumed."""
+
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: EditConfig, folder: Path):
+        self._model, self._tokenizer, self._args, self._path = model, tokenizer, args, folder / _SAMPLES_NAME
+
+    @property
+    def questions(self) -> Sequence[str]:
+        return self._own("preservation_prompts") or self._said("questions")
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return self._own("preservation_texts") or self._said("texts")
+
+    def _own(self, field: str) -> Sequence[str]:
+        given = getattr(self._args, field)
+        return read_texts(given, field) if isinstance(given, str) else given or []
+
+    def _said(self, kind: str) -> list[str]:
+        known = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+        if kind not in known:
+            with self._model.disable_adapter():
+                if kind == "questions":
+                    known[kind] = sample_questions(self._model, self._tokenizer, _QUESTIONS, self._args.seed)
+                else:
+                    known[kind] = sample_texts(self._model, self._tokenizer, _TEXTS, _TEXT_TOKENS, self._args.seed)
+            write_atomically(self._path, json.dumps(known, ensure_ascii=False, indent=1))
+        return known[kind]
+
+
+def read_texts(path: str, field: str) -> list[str]:
+    """Read texts from a file: those between empty lines if it has some, else its lines.
+
+    Args:
+        path (`str`):
+            The file.
+        field (`str`):
+            The field of [`EditConfig`] that names it, for the message.
+
+    Returns:
+        `list[str]`: The texts, at least one.
+
+    Raises:
+        `ValueError`: If the file does not exist, is no text in UTF-8, or has no text in it.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"`{field}` is {path!r}, which cannot be read ({error}), expected a text file in UTF-8 with one text to a line, "
+            "or several lines to a text and empty lines between them"
+        ) from error
+    parts = content.split("\n\n")
+    texts = [text.strip() for text in (parts if len(parts) > 1 else content.splitlines()) if text.strip()]
+    if not texts:
+        raise ValueError(f"`{field}` is {path!r}, which is empty, expected at least one text")
+    return texts
+
+
+def _statistics(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    deltas: Sequence[Delta],
+    samples: _Samples,
+    args: EditConfig,
+    folder: Path,
+) -> InputStatistics:
+    if args.statistics is not None:
+        return InputStatistics.load(args.statistics)
+    if (folder / STATISTICS_NAME).is_file():
+        return InputStatistics.load(folder)  # an interrupted run computed them
+    base = model.get_base_model()
+    with model.disable_adapter():
+        statistics = input_statistics(base, tokenizer, samples.texts, [delta.name for delta in deltas])
+    statistics.save(folder)
+    return statistics

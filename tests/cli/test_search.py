@@ -1,0 +1,91 @@
+"""`locft search`: what it writes and says, and what it refuses."""
+
+import json
+
+import pytest
+from peft import PeftConfig
+
+from peft_locft import EditConfig, cli
+from peft_locft.cli.search import _read_texts
+from peft_locft.search import search_locations
+
+
+@pytest.fixture
+def search(capsys, monkeypatch, tmp_path, model_folder, edits):
+    """Run `locft search` in an empty folder, on a wide terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    edits.save(tmp_path / "edits.jsonl")
+    (tmp_path / "texts.txt").write_text("The capital of Peru is Lima.\n\nThe people of Chile speak Spanish.\n")
+
+    def search(*options):
+        capsys.readouterr()
+        arguments = ["--model", str(model_folder), "--edits", "edits.jsonl", "--output", "places", *options]
+        code = cli.run("search", arguments)
+        return code, *capsys.readouterr()
+
+    return search
+
+
+def test_what_it_writes_and_says(search, model_folder, edits, tmp_path):
+    options = ["--layers", "1", "-1", "--groups", "up", "down", "--texts", "texts.txt", "--num_train_epochs", "4"]
+    code, out, _ = search(*options, "--rungs", "2")
+    assert code == 0
+    folder = tmp_path / "places"
+    files = {"search.jsonl", "search.json", "search.md", "search.png", "config"}
+    assert {path.name for path in folder.iterdir()} == files
+    found = json.loads((folder / "search.json").read_text())
+    results = search_locations(
+        str(model_folder),
+        edits,
+        layers=[1, -1],
+        groups=["up", "down"],
+        texts=_read_texts("texts.txt", 32),
+        rungs=2,
+        args=EditConfig(output_dir=str(tmp_path / "other"), num_train_epochs=4, disable_tqdm=True),
+    )
+    assert [(row["layer"], row["module"], row["scores"]) for row in found["rows"]] == [
+        (row.layer, row.module, row.scores) for row in results.rows
+    ]
+    best = results.ranked()[0]
+    config = PeftConfig.from_pretrained(folder / "config")
+    assert (config.layers, set(config.target_modules)) == ([best.layer], {best.module})
+    assert "The best 4 of 4 places" in out and "capability" in out
+    assert (
+        f"Next: locft edit --model {model_folder} --edits edits.jsonl --output OUTPUT --layers {best.layer} "
+        f"--target_modules {best.module} --learning_rate {best.learning_rate:.4g}" in out
+    )
+    # Called again, it is done at once, and says the same.
+    lines = (folder / "search.jsonl").read_text()
+    code, again, _ = search(*options, "--rungs", "2")
+    assert (code, again) == (0, out) and (folder / "search.jsonl").read_text() == lines
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "9"], "layers [9] are not in the model"),
+        (["--groups", "none"], "`groups` is ['none'], expected some of ['layer', 'attention', 'mlp', 'up', 'down']"),
+        (["--texts", "gone.txt"], "the file of texts gone.txt does not exist"),
+        (["--texts", "empty.txt"], "the file of texts empty.txt is empty, expected one text a line"),
+        (["--texts", "texts.txt", "--num_texts", "0"], "`--num_texts` is 0, expected at least 1"),
+        (["--edits", "gone.jsonl"], "gone.jsonl does not exist"),
+        (["--model", "/gone"], "the model folder /gone does not exist"),
+        (["--output_dir", "elsewhere"], "`--output` is places and `--output_dir` is elsewhere: give `--output` only"),
+        (["--sample", "0"], "`sample` is 0, expected an integer of at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_refused(options, message, search, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    code, out, err = search(*options)
+    assert (code, out) == (2, "")
+    assert "locft search: error: " in err and message in err
+    assert not (tmp_path / "places").exists()
+
+
+def test_texts_are_spread_over_the_file(tmp_path):
+    path = tmp_path / "many.txt"
+    path.write_text("\n".join(f"text {number}" for number in range(10)))
+    assert _read_texts(str(path), 3) == ["text 0", "text 3", "text 6"]
+    assert len(_read_texts(str(path), 32)) == 10

@@ -1,0 +1,90 @@
+"""What the unedited model says, and how far an edited one has moved from it."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from peft_locft.evaluation import generate_greedy
+from peft_locft.preservation import anchors as anchors_file
+from peft_locft.preservation import divergence, make_anchors, sample_questions, sample_texts
+
+
+PROMPTS = ["The capital of Peru is", "Oslo", "What is the capital of Kenya?"]
+TEXTS = ["The capital of Peru is Lima. What is the capital of Norway? Oslo"]
+
+
+def test_a_question_is_said_with_its_greedy_answer_and_a_text_whole(make_model, tokenizer):
+    model = make_model()
+    found = make_anchors(model, tokenizer, PROMPTS, TEXTS, answer_length=4, text_length=6)
+    answers = generate_greedy(model, tokenizer, PROMPTS, [4] * 3)
+    for prompt, answer, anchor in zip(PROMPTS, answers, found):
+        ids = tokenizer(prompt)["input_ids"]
+        assert anchor.input_ids == ids + answer
+        assert anchor.first == len(ids) - 1
+        assert len(anchor.tokens) == len(answer)
+    assert found[3].input_ids == tokenizer(TEXTS[0])["input_ids"][:6]
+    assert (found[3].first, len(found[3].tokens)) == (0, 5)
+
+
+def test_the_kept_probabilities_are_the_models(make_model, tokenizer):
+    model = make_model()
+    for anchor in make_anchors(model, tokenizer, PROMPTS, TEXTS, answer_length=4, text_length=6):
+        with torch.no_grad():
+            logits = model(torch.tensor([anchor.input_ids])).logits[0, anchor.first : -1]
+        probable = logits.log_softmax(-1).topk(anchor.tokens.shape[1])
+        assert torch.equal(probable.indices.int(), anchor.tokens)
+        assert torch.allclose(probable.values, anchor.log_probs.float(), atol=1e-2)
+
+
+def test_the_divergence_is_kl_where_everything_is_kept():
+    torch.manual_seed(0)
+    old, new = torch.randn(5, 7).log_softmax(-1), torch.randn(5, 7)
+    values, tokens = old.topk(6)  # the seventh is all the others
+    whole = F.kl_div(new.log_softmax(-1), old, log_target=True, reduction="batchmean")
+    assert torch.allclose(divergence(new, tokens, values), whole, atol=1e-5)
+
+
+def test_the_divergence_of_joined_outcomes_is_between_zero_and_the_whole_one():
+    torch.manual_seed(0)
+    old, new = torch.randn(5, 200).log_softmax(-1), torch.randn(5, 200, requires_grad=True)
+    values, tokens = old.topk(20)
+    joined = divergence(new, tokens, values)
+    assert 0 < joined < F.kl_div(new.log_softmax(-1), old, log_target=True, reduction="batchmean")
+    joined.backward()
+    assert new.grad.abs().sum() > 0
+    assert divergence(old, tokens, values).abs() < 1e-5
+
+
+def test_samples_are_those_of_the_seed_and_leave_the_model_as_it_was(make_model, tokenizer):
+    model = make_model().train()
+    state = torch.get_rng_state()
+    texts = sample_texts(model, tokenizer, 3, 12, seed=5)
+    assert texts == sample_texts(model, tokenizer, 3, 12, seed=5) != sample_texts(model, tokenizer, 3, 12, seed=6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_questions_end_at_their_question_mark(smollm):
+    questions = sample_questions(*smollm, 24, seed=0)
+    assert 12 <= len(questions) == len(set(questions))
+    assert all(question.endswith("?") and question.count("?") == 1 for question in questions)
+    assert any(question.startswith("What") for question in questions)
+
+
+def test_a_large_batch_of_anchors_is_that_of_small_ones(make_model, tokenizer, monkeypatch):
+    model = make_model()
+    large = make_anchors(model, tokenizer, PROMPTS, TEXTS, answer_length=3, text_length=8)
+    monkeypatch.setattr(anchors_file, "_BATCH", 1)
+    for one, other in zip(large, make_anchors(model, tokenizer, PROMPTS, TEXTS, answer_length=3, text_length=8)):
+        assert one.input_ids == other.input_ids
+        assert torch.allclose(one.log_probs.float(), other.log_probs.float(), atol=1e-2)
+
+
+@pytest.mark.parametrize("kept", [1, 64])
+def test_a_model_that_has_not_moved_has_no_divergence(make_model, tokenizer, monkeypatch, kept):
+    monkeypatch.setattr(anchors_file, "_KEPT", kept)
+    model = make_model()
+    anchor = make_anchors(model, tokenizer, PROMPTS[:1], [], answer_length=4, text_length=6)[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([anchor.input_ids])).logits[0, anchor.first : -1]
+    assert divergence(logits, anchor.tokens, anchor.log_probs).abs() < 1e-3

@@ -1,0 +1,136 @@
+"""Deltas that are trained behind projectors."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from peft_locft import LocFTConfig
+from peft_locft.preservation import InputStatistics, Projection, input_statistics, trained_deltas
+from peft_locft.preservation.projector import soft_projector
+
+
+TEXTS = [
+    "The capital of Peru is Lima. Peru is",
+    "Kenya",
+    "What is the capital of Norway? Oslo is the capital of Norway.",
+]
+CONFIGS = {
+    "locft": LocFTConfig(layers=[1, 2], target_modules=["mlp.down_proj", "self_attn.o_proj"]),
+    "lora": LoraConfig(r=4, target_modules=["down_proj", "o_proj"], layers_to_transform=[1, 2]),
+}
+
+
+def randomise(model):
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) * 0.1
+
+
+def logits(model, tokenizer, text="The capital of Cuba is Havana"):
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt")).logits
+
+
+@pytest.fixture(params=CONFIGS)
+def peft_model(request, make_model):
+    return get_peft_model(make_model(), CONFIGS[request.param])
+
+
+@pytest.fixture
+def statistics(peft_model, tokenizer):
+    names = [delta.name for delta in trained_deltas(peft_model, "projector")]
+    with peft_model.disable_adapter():
+        return input_statistics(peft_model.get_base_model(), tokenizer, TEXTS, names)
+
+
+def test_statistics_are_the_mean_of_the_inputs_outer_products(make_model, tokenizer):
+    model, name = make_model(), "model.layers.1.mlp.down_proj"
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    for text in TEXTS:  # one by one, without padding
+        logits(model, tokenizer, text)
+    handle.remove()
+    inputs = torch.cat(seen)
+    found = input_statistics(model, tokenizer, TEXTS, [name])
+    assert found.tokens == len(inputs)
+    assert torch.allclose(found[name], inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_travel_through_a_file(statistics, tmp_path):
+    statistics.save(tmp_path)
+    again = InputStatistics.load(tmp_path)
+    assert again.tokens == statistics.tokens and set(again) == set(statistics)
+    assert all(torch.equal(again[name], statistics[name]) for name in again)
+
+
+def test_the_projector_is_the_formula():
+    x = torch.randn(50, 8, dtype=torch.float64) * torch.arange(8)
+    moment = x.T @ x / 50
+    projector, inverse = soft_projector(moment.float(), 0.5)
+    mean = torch.linalg.eigvalsh(moment).mean()
+    assert torch.allclose(projector.double(), torch.linalg.inv(moment / (0.5 * mean) + torch.eye(8)), atol=1e-5)
+    assert torch.allclose(projector @ inverse, torch.eye(8), atol=1e-4)
+
+
+def test_starting_and_folding_change_nothing_that_was_there(peft_model, statistics, tokenizer):
+    randomise(peft_model)
+    before = logits(peft_model, tokenizer)
+    projection = Projection(trained_deltas(peft_model, "projector"), statistics, 1.0)
+    projection.start()
+    with projection.applied():
+        assert torch.allclose(logits(peft_model, tokenizer), before, atol=1e-3)
+    assert torch.allclose(logits(peft_model, tokenizer), before, atol=1e-3)
+
+
+def test_what_is_saved_is_what_is_computed_and_training_goes_on_from_where_it_was(
+    peft_model, statistics, tokenizer, tmp_path
+):
+    deltas = trained_deltas(peft_model, "projector")
+    projection = Projection(deltas, statistics, 0.3)
+    projection.start()
+    randomise(peft_model)
+    trained = [delta.entrance().weight.clone() for delta in deltas]
+    with projection.applied():
+        during = logits(peft_model, tokenizer)
+        with projection.folded(tmp_path):
+            assert not torch.equal(deltas[0].entrance().weight, trained[0])
+        assert all(torch.equal(delta.entrance().weight, weight) for delta, weight in zip(deltas, trained))
+        randomise_again = [weight + 1 for weight in trained]
+        for delta, weight in zip(deltas, randomise_again):
+            delta.entrance().weight.data = weight
+        projection.load(tmp_path)
+        assert all(torch.equal(delta.entrance().weight, weight) for delta, weight in zip(deltas, trained))
+    assert torch.allclose(logits(peft_model, tokenizer), during, atol=1e-4)
+
+
+def test_ordinary_inputs_are_moved_less_than_others(peft_model, statistics):
+    deltas = trained_deltas(peft_model, "projector")
+    Projection(deltas, statistics, 0.1)
+    for delta in deltas:
+        moment = statistics[delta.name]
+        values, vectors = torch.linalg.eigh(moment)
+        usual, unusual = (delta.projector @ vectors[:, place] for place in (-1, 0))
+        assert usual.norm() < 0.1 < 0.9 < unusual.norm()
+
+
+def test_statistics_of_another_width_are_refused(peft_model, statistics):
+    deltas = trained_deltas(peft_model, "projector")
+    name = deltas[0].name
+    with pytest.raises(ValueError, match=rf"have one of shape \(3, 3\) for {name}, expected a second moment of shape"):
+        Projection(deltas, InputStatistics({**statistics, name: torch.eye(3)}, 5), 1.0)
+    with pytest.raises(ValueError, match=f"have none for {name}"):
+        Projection(deltas, InputStatistics({}, 5), 1.0)
+
+
+def test_no_text_is_an_error(make_model, tokenizer):
+    with pytest.raises(ValueError, match="got 1 texts with no token in them, expected ordinary text"):
+        input_statistics(make_model(), tokenizer, [""], ["model.layers.1.mlp.down_proj"])
+
+
+def test_a_method_whose_change_is_not_known_is_refused(make_model):
+    dora = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["down_proj"], use_dora=True))
+    with pytest.raises(
+        ValueError, match="`projector` is on and .* is trained, expected only linear layers with LocFT"
+    ):
+        trained_deltas(dora, "projector")

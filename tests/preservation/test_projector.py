@@ -77,7 +77,6 @@ def test_starting_and_folding_change_nothing_that_was_there(peft_model, statisti
     randomise(peft_model)
     before = logits(peft_model, tokenizer)
     projection = Projection(trained_deltas(peft_model, "projector"), statistics, 1.0)
-    projection.start()
     with projection.applied():
         assert torch.allclose(logits(peft_model, tokenizer), before, atol=1e-3)
     assert torch.allclose(logits(peft_model, tokenizer), before, atol=1e-3)
@@ -88,7 +87,6 @@ def test_what_is_saved_is_what_is_computed_and_training_goes_on_from_where_it_wa
 ):
     deltas = trained_deltas(peft_model, "projector")
     projection = Projection(deltas, statistics, 0.3)
-    projection.start()
     randomise(peft_model)
     trained = [delta.entrance().weight.clone() for delta in deltas]
     with projection.applied():
@@ -112,6 +110,56 @@ def test_ordinary_inputs_are_moved_less_than_others(peft_model, statistics):
         values, vectors = torch.linalg.eigh(moment)
         usual, unusual = (delta.projector @ vectors[:, place] for place in (-1, 0))
         assert usual.norm() < 0.1 < 0.9 < unusual.norm()
+
+
+def test_a_new_adapter_is_behind_its_projector_from_the_start(peft_model, statistics):
+    # LoRA's A is random from the start: it may not keep the directions of ordinary text.
+    deltas = trained_deltas(peft_model, "projector")
+    Projection(deltas, statistics, 0.1)
+    for delta in deltas:
+        torch.manual_seed(2)
+        delta.factor().weight.data = torch.randn_like(delta.factor().weight)
+        values, vectors = torch.linalg.eigh(statistics[delta.name])
+        change = delta.weight()
+        assert (change @ vectors[:, -1]).norm() < 0.2 * (change @ vectors[:, 0]).norm()
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+def test_few_rows_and_many_are_projected_alike(peft_model, statistics, rows):
+    randomise(peft_model)
+    deltas = trained_deltas(peft_model, "projector")
+    projection = Projection(deltas, statistics, 0.5)
+    entrance = deltas[0].entrance()
+    x = torch.randn(rows, entrance.weight.shape[1])
+    with projection.applied(), torch.autocast("cpu", torch.bfloat16):
+        found = entrance(x)
+    expected = x.double() @ (entrance.weight.double().T)  # folded
+    assert torch.allclose(found.double(), expected, atol=1e-4 * float(expected.abs().max()) + 1e-4)
+
+
+def test_a_checkpoint_of_other_projectors_is_refused(peft_model, statistics, tmp_path):
+    deltas = trained_deltas(peft_model, "projector")
+    projection = Projection(deltas, statistics, 0.5)
+    with pytest.raises(ValueError, match="was trained behind no projector: resume with the `projector`, `statistics`"):
+        projection.check(tmp_path)
+    with projection.folded(tmp_path):
+        pass
+    projection.check(tmp_path)
+    with pytest.raises(ValueError, match="was trained behind other projectors"):
+        Projection(deltas, statistics, 0.6).check(tmp_path)
+    others = InputStatistics({name: moment * 2 + 1 for name, moment in statistics.items()}, 1)
+    with pytest.raises(ValueError, match="was trained behind other projectors"):
+        Projection(deltas, others, 0.5).check(tmp_path)
+
+
+def test_missing_statistics_are_named(tmp_path):
+    with pytest.raises(ValueError, match="has no input_statistics.safetensors, expected what `InputStatistics.save`"):
+        InputStatistics.load(tmp_path)
+
+
+def test_the_heads_inputs_can_be_watched_too(make_model, tokenizer):
+    found = input_statistics(make_model(), tokenizer, TEXTS, ["lm_head", "model.layers.1.mlp.down_proj"])
+    assert found["lm_head"].shape == (64, 64)
 
 
 def test_statistics_of_another_width_are_refused(peft_model, statistics):

@@ -67,6 +67,18 @@ def test_resting_edits_have_no_tokens_and_stand_last():
     assert len(collator(ROWS)["input_ids"]) == 0 and collator(ROWS)["index"].tolist() == [4, 7, 2]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_where_all_rest_no_states_are_looked_up(packed):
+    class Cache:
+        def states_at(self, edits, positions):
+            return torch.randn(10, 6)[edits]  # an index of another type than integers would be refused
+
+    collator = EditCollator(pad_token_id=9, packed=packed, cache=Cache())
+    assert len(collator(ROWS)["states"]) == (1 if packed else 3)
+    collator.resting = torch.ones(8, dtype=torch.bool)
+    assert len(collator(ROWS)["states"]) == 0
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "phi3", "mistral"])
 def test_packed_edits_do_not_see_each_other(architecture, make_model, tokenizer, edits):
     model = make_model(architecture)

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig
 from peft_locft.preservation import InputStatistics, anchors
-from peft_locft.trainer.augmentation import contexts_of, drawn_form
+from peft_locft.trainer.augmentation import chat_form, contexts_of, drawn_form, varied
 from peft_locft.trainer.preserving import read_texts
+from peft_locft.trainer.recipes import RECIPES, TERMS, careful_layers
 
 
 TEXTS = ["Peru is a country. Its people speak many tongues.", "Norway lies in the north of Europe, and Oslo too."]
@@ -187,19 +188,28 @@ def test_an_epoch_visits_every_edit_once_in_one_of_its_forms(make_trainer, token
         assert f"Question: {edit.prompt}\nAnswer:{end}" in texts
 
 
-def test_contexts_are_question_chat_and_prefixes(tokenizer, edits):
-    forms = contexts_of(edits[0], 3, TEXTS, tokenizer, 0)
+def test_contexts_are_question_chat_and_prefixes(edits):
+    forms = contexts_of(edits[0], 3, TEXTS, None, 0)
     assert forms[0] == "Question: The capital of Kazakhstan is\nAnswer:"
-    for form in forms[1:]:  # this tokenizer has no chat template
+    for form in forms[1:]:
         assert form.endswith(". The capital of Kazakhstan is")
         assert any(text.startswith(form.removesuffix(". The capital of Kazakhstan is")) for text in TEXTS)
-    assert forms == contexts_of(edits[0], 3, TEXTS, tokenizer, 0)
-    assert contexts_of(edits[0], 1, TEXTS, tokenizer, 0) == forms[:1]
+    assert forms == contexts_of(edits[0], 3, TEXTS, None, 0)
+    assert contexts_of(edits[0], 1, TEXTS, None, 0) == forms[:1]
+    assert (
+        contexts_of(edits[0], 2, TEXTS, "<user>{the prompt}<model>", 0)[1]
+        == "<user>The capital of Kazakhstan is<model>"
+    )
+
+
+def test_questions_are_put_in_several_ways():
+    assert varied(["Who is it?"] * 3, None) == ["Who is it?", "who is it", "Question: Who is it?\nAnswer:"]
+    assert varied(["Who is it?"] * 5, "<{the prompt}>")[3:] == ["<Who is it?>", "Who is it?"]
 
 
 def test_a_chat_template_is_used_where_there_is_one(smollm, edits):
     tokenizer = smollm[1]
-    chat = contexts_of(edits[0], 2, TEXTS, tokenizer, 0)[1]
+    chat = contexts_of(edits[0], 2, TEXTS, chat_form(tokenizer), 0)[1]
     assert chat == tokenizer.apply_chat_template(
         [{"role": "user", "content": edits[0].prompt}], tokenize=False, add_generation_prompt=True
     )
@@ -213,10 +223,11 @@ def test_forms_come_in_turn(edits):
     assert len({tuple(drawn_form(edit, 4, epoch, seed=1) for epoch in range(4)) for edit in range(20)}) > 5
 
 
+@pytest.mark.filterwarnings("ignore:.*further forms of edits")  # the tiny model takes few tokens
 def test_the_models_own_samples_are_kept_and_forgotten_with_the_run(make_trainer, tmp_path):
     path = tmp_path / "run" / "preservation" / "samples.json"
     make_trainer(contexts=2, kl_weight=1.0, num_train_epochs=1).train()
-    assert set(json.loads(path.read_text())) == {"questions", "texts"} or "texts" in json.loads(path.read_text())
+    assert set(json.loads(path.read_text())) == {"chat", "questions", "texts"}
     path.write_text(json.dumps({"questions": ["of another model"], "texts": ["of another model"]}))
     make_trainer(contexts=2, kl_weight=1.0, num_train_epochs=1).train()
     assert "of another model" not in path.read_text()
@@ -224,10 +235,11 @@ def test_the_models_own_samples_are_kept_and_forgotten_with_the_run(make_trainer
 
 def test_texts_are_lines_or_paragraphs(tmp_path):
     path = tmp_path / "texts.txt"
-    path.write_text("One.\nTwo.\n")
+    path.write_text("\ufeffOne.\nTwo.\n\n", encoding="utf-8")
     assert read_texts(str(path), "preservation_texts") == ["One.", "Two."]
     path.write_text("One.\nStill one.\n\n\nTwo.\n")
     assert read_texts(str(path), "preservation_texts") == ["One.\nStill one.", "Two."]
+    assert read_texts(str(path), "preservation_prompts") == ["One.", "Still one.", "Two."]
     path.write_text("\n")
     with pytest.raises(ValueError, match="which is empty, expected at least one text"):
         read_texts(str(path), "preservation_texts")
@@ -247,3 +259,76 @@ def test_several_readers_are_refused(tmp_path, name):
         ValueError, match=f"`{name}` is 1 with 2 data loader workers and 1 processes, expected 0 workers"
     ):
         EditConfig(output_dir=str(tmp_path), dataloader_num_workers=2, **{name: 1})
+
+
+def test_forms_that_rest_would_be_missed(make_trainer, edits, tmp_path):
+    with pytest.raises(ValueError, match="`recheck_epochs` is 2 with `contexts=3`, expected one of them"):
+        EditConfig(output_dir=str(tmp_path), recheck_epochs=2, contexts=3)
+    rephrased = EditSet([Edit("One is", "two", train_rephrases=["Two is"]), Edit("Three is", "four")])
+    with pytest.raises(ValueError, match="`recheck_epochs` is 2 and edits have `train_rephrases`"):
+        make_trainer(train_dataset=rephrased, recheck_epochs=2)
+
+
+def test_forms_that_are_too_long_are_counted(make_trainer):
+    long = {"preservation_texts": ["word " * 10]}
+    with pytest.warns(
+        UserWarning, match=r"[1-9] of 16 further forms of edits are not trained on: .* the 25 tokens that"
+    ):
+        make_trainer(contexts=2, max_length=25, num_train_epochs=1, **long).train()
+
+
+def test_resuming_without_the_projector_is_refused(make_trainer, tmp_path):
+    make_trainer(projector=0.5, save_strategy="epoch", num_train_epochs=1, **KEPT).train()
+    with pytest.raises(ValueError, match="was trained behind a projector: resume with the same `projector`, not 0"):
+        make_trainer(save_strategy="epoch", num_train_epochs=2, **KEPT).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="was trained behind other projectors"):
+        make_trainer(projector=0.1, save_strategy="epoch", num_train_epochs=2, **KEPT).train(
+            resume_from_checkpoint=True
+        )
+
+
+def test_an_exception_leaves_an_ordinary_adapter(make_trainer, tokenizer):
+    trainer = make_trainer(projector=0.5, max_growth=1.0, **KEPT)
+    callbacks = len(trainer.callback_handler.callbacks)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    trainer._prepare_batches = fail
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer._preservation is None
+    assert len(trainer.callback_handler.callbacks) == callbacks
+    assert not any("forward" in vars(module) for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("recipe", ["paper", "careful", "locaedit"])
+def test_recipes_choose_place_and_terms(make_trainer, make_model, tokenizer, edits, tmp_path, recipe):
+    args = EditConfig(output_dir=str(tmp_path / "run"), recipe=recipe, disable_tqdm=True, report_to="none")
+    trainer = EditTrainer(make_model(), args, edits, processing_class=tokenizer)
+    config = trainer.model.active_peft_config
+    if recipe == "locaedit":
+        assert isinstance(config, LoraConfig) and config.layers_to_transform
+        assert (args.kl_weight, args.contexts) == (RECIPES[recipe]["kl_weight"], 0)
+    else:
+        assert isinstance(config, LocFTConfig)
+        assert {name: getattr(args, name) for name in TERMS[:3]} == {name: RECIPES[recipe][name] for name in TERMS[:3]}
+    if recipe == "paper":
+        assert config.layers == LocFTConfig.recommended(make_model()).layers
+
+
+def test_a_field_of_the_users_wins_over_the_recipe(tmp_path):
+    args = EditConfig(output_dir=str(tmp_path), recipe="careful", kl_weight=0.0, num_train_epochs=3)
+    assert (args.kl_weight, args.num_train_epochs, args.contexts) == (0.0, 3, RECIPES["careful"]["contexts"])
+
+
+def test_an_unknown_recipe_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`recipe` is 'bold', expected one of 'paper', 'careful', 'locaedit'"):
+        EditConfig(output_dir=str(tmp_path), recipe="bold")
+
+
+def test_the_careful_band_is_early_and_never_empty():
+    assert careful_layers(30) == [3, 4, 5, 6, 7, 8, 9, 10]
+    for count in range(1, 100):
+        layers = careful_layers(count)
+        assert layers and 0 <= layers[0] and layers[-1] < max(count, 1)

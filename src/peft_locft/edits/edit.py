@@ -96,6 +96,11 @@ class Edit:
             for name, values in (("rephrases", self.rephrases), ("train_rephrases", self.train_rephrases))
         )
         faults += [
+            f"`train_rephrases[{i}]` ends in white space ({_short(value)}): remove it, a space is put between it and the target"
+            for i, value in enumerate(train_rephrases)
+            if value != value.rstrip()
+        ]
+        faults += [
             f"`train_rephrases[{i}]` ({_short(value)}) is one of `rephrases` too: what is trained on cannot be scored, "
             "leave it out of one of them"
             for i, value in enumerate(train_rephrases)

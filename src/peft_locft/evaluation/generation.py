@@ -76,7 +76,7 @@ def generate_greedy(
     if not prompts:
         return answers
     stops = eos_token_ids(model, tokenizer)
-    with _plain_generation(model), tqdm(total=len(prompts), desc=description, disable=description is None) as bar:
+    with plain_generation(model), tqdm(total=len(prompts), desc=description, disable=description is None) as bar:
         longest = _longest_decoded(model, tokenizer)
         batch = None
         # Encoded by the chunk: enough for batches of uniform length, and no more than that is held.
@@ -197,7 +197,7 @@ def _until_eos(tokens: list[int], stops: set[int]) -> list[int]:
 
 
 @contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into evaluation mode with empty generation settings, and everything back afterwards."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     settings, modes = base.generation_config, {module: module.training for module in model.modules()}

@@ -3,7 +3,7 @@
 from .anchors import Anchor, divergence, make_anchors
 from .deltas import Delta, trained_deltas
 from .limits import LimitCallback, squared_norm
-from .projector import Projection
+from .projector import Projection, is_projected
 from .samples import sample_questions, sample_texts
 from .statistics import STATISTICS_NAME, InputStatistics, input_statistics
 
@@ -17,6 +17,7 @@ __all__ = [
     "Projection",
     "divergence",
     "input_statistics",
+    "is_projected",
     "make_anchors",
     "sample_questions",
     "sample_texts",

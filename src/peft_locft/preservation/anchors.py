@@ -51,6 +51,7 @@ def make_anchors(
     *,
     answer_length: int,
     text_length: int,
+    max_length: int | None = None,
 ) -> list[Anchor]:
     """Ask the unedited model what it says.
 
@@ -67,6 +68,8 @@ def make_anchors(
             How many tokens of an answer are looked at.
         text_length (`int`):
             How many tokens of a text are looked at.
+        max_length (`int`, *optional*):
+            The longest sequence that the model takes, in tokens. What is longer is left out.
 
     Returns:
         `list[Anchor]`: One for each question and text, in their order.
@@ -75,6 +78,7 @@ def make_anchors(
     answers = generate_greedy(model, tokenizer, prompts, [answer_length] * len(prompts))
     sequences = [(ids + answer, first) for (ids, first), answer in zip(sequences, answers)]
     sequences += [(ids[:text_length], 0) for ids in encode_prompts(tokenizer, texts) if len(ids) > 1]
+    sequences = [(ids, first) for ids, first in sequences if first >= 0 and len(ids) <= (max_length or len(ids))]
     anchors: list[Anchor | None] = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number][0]))
     for begin in range(0, len(order), _BATCH):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from peft import PeftModel
@@ -43,9 +44,12 @@ class Delta:
             weight = self._dense().weight
         return weight if self.projector is None else weight @ self.projector
 
+    @cached_property
     def base_norm(self) -> torch.Tensor:
-        """Return ‖W‖, the Frobenius norm of the base model's weight (`torch.Tensor`, a scalar)."""
-        return self.layer.get_base_layer().weight.detach().float().norm()
+        """‖W‖, the Frobenius norm of the base model's weight, dequantised if it is (`torch.Tensor`, a scalar)."""
+        layer = self.layer
+        weight = layer.get_base_weight() if layer.quantization_backend is not None else layer.get_base_layer().weight
+        return weight.detach().float().norm()
 
     def factor(self) -> nn.Linear:
         """Return the part that ΔW is linear in and that is multiplied last (`torch.nn.Linear`)."""

@@ -20,7 +20,7 @@ def squared_norm(deltas: Sequence[Delta]) -> torch.Tensor:
     Returns:
         `torch.Tensor`: A scalar, through which gradients flow.
     """
-    return torch.stack([delta.weight().float().square().sum() / delta.base_norm() ** 2 for delta in deltas]).mean()
+    return torch.stack([delta.weight().float().square().sum() / delta.base_norm**2 for delta in deltas]).mean()
 
 
 class LimitCallback(TrainerCallback):
@@ -50,5 +50,5 @@ class LimitCallback(TrainerCallback):
                 highest = delta.weight().abs().max()
                 factor.weight.mul_((self.largest / highest.clamp(min=1e-30)).clamp(max=1))
             if self.growth:
-                norm = delta.weight().float().norm() / delta.base_norm()
+                norm = delta.weight().float().norm() / delta.base_norm
                 factor.weight.mul_((self.growth / norm.clamp(min=1e-30)).clamp(max=1))

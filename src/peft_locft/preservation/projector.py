@@ -8,13 +8,15 @@ projects onto the null space of C with a hard threshold; this is the soft form, 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +28,7 @@ _STATE_NAME = "unprojected.safetensors"
 
 
 class Projection:
-    """Training of deltas behind projectors: `ΔW = D P`, where D is what is trained.
+    """Training of deltas behind projectors: `ΔW = D P`, where D is what is trained. What a delta is already, it stays.
 
     Args:
         deltas (`Sequence[Delta]`):
@@ -40,11 +42,13 @@ class Projection:
         `ValueError`: If there are no statistics of a module, or they have another width.
     """
 
+    @torch.no_grad()
     def __init__(self, deltas: Sequence[Delta], statistics: InputStatistics, threshold: float):
-        self._parts: list[tuple[nn.Linear, torch.Tensor, torch.Tensor]] = []
+        self._parts: list[tuple[nn.Linear, torch.Tensor]] = []
+        digest = hashlib.sha256(repr(threshold).encode())
         for delta in deltas:
-            entrance = delta.entrance()
-            width = entrance.weight.shape[1]
+            weight = delta.entrance().weight
+            width = weight.shape[1]
             moment = statistics.get(delta.name)
             if moment is None or tuple(moment.shape) != (width, width):
                 got = f"one of shape {tuple(moment.shape)}" if moment is not None else "none"
@@ -52,32 +56,33 @@ class Projection:
                     f"the statistics have {got} for {delta.name}, expected a second moment of shape ({width}, {width}): "
                     "compute them on this model and these modules"
                 )
+            digest.update(moment.contiguous().numpy().tobytes())
             projector, inverse = soft_projector(moment, threshold)
-            delta.projector = projector.to(entrance.weight)
-            self._parts.append((entrance, delta.projector, inverse.to(entrance.weight)))
-
-    @torch.no_grad()
-    def start(self) -> None:
-        """Make D of the weights, such that nothing is changed before training."""
-        for entrance, _, inverse in self._parts:
-            if entrance.weight.any():
-                entrance.weight.copy_(entrance.weight @ inverse)
+            if delta.weight().any():  # a new LoRA has a random A, but no change to be kept
+                weight.copy_(weight @ inverse.to(weight))
+            delta.projector = projector.to(weight)
+            self._parts.append((delta.entrance(), delta.projector))
+        self._key = digest.hexdigest()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within this context, the adapter's modules compute `D P x`. Behind it, their weights are `D P`."""
-        for entrance, projector, _ in self._parts:
+        own = [entrance.__dict__.get("forward") for entrance, _ in self._parts]  # accelerate's hooks put one there
+        for entrance, projector in self._parts:
             entrance.forward = _projected(entrance, projector)
         try:
             yield
         finally:
-            for entrance, _, _ in self._parts:
-                del entrance.forward
+            for (entrance, _), forward in zip(self._parts, own):
+                if forward is None:
+                    del entrance.forward
+                else:
+                    entrance.forward = forward
             self._fold()
 
     @torch.no_grad()
     def _fold(self) -> None:
-        for entrance, projector, _ in self._parts:
+        for entrance, projector in self._parts:
             entrance.weight.copy_(entrance.weight @ projector)
 
     @contextmanager
@@ -88,15 +93,16 @@ class Projection:
             checkpoint (`str` or `os.PathLike`):
                 The folder.
         """
-        trained = [entrance.weight.detach().clone() for entrance, _, _ in self._parts]
+        trained = [entrance.weight.detach().clone() for entrance, _ in self._parts]
         Path(checkpoint).mkdir(parents=True, exist_ok=True)
-        save_file({str(number): weight for number, weight in enumerate(trained)}, Path(checkpoint) / _STATE_NAME)
+        state = {str(number): weight for number, weight in enumerate(trained)}
+        save_file(state, Path(checkpoint) / _STATE_NAME, metadata={"projectors": self._key})
         self._fold()
         try:
             yield
         finally:
             with torch.no_grad():
-                for (entrance, _, _), weight in zip(self._parts, trained):
+                for (entrance, _), weight in zip(self._parts, trained):
                     entrance.weight.copy_(weight)
 
     @torch.no_grad()
@@ -107,15 +113,52 @@ class Projection:
             checkpoint (`str` or `os.PathLike`):
                 The folder.
         """
-        state = load_file(Path(checkpoint) / _STATE_NAME)
-        for number, (entrance, _, _) in enumerate(self._parts):
-            entrance.weight.copy_(state[str(number)])
+        with safe_open(Path(checkpoint) / _STATE_NAME, "pt") as state:
+            for number, (entrance, _) in enumerate(self._parts):
+                entrance.weight.copy_(state.get_tensor(str(number)))
+
+    def check(self, checkpoint: str | os.PathLike) -> None:
+        """Refuse a checkpoint that was trained behind other projectors, or none.
+
+        Args:
+            checkpoint (`str` or `os.PathLike`):
+                The folder.
+
+        Raises:
+            `ValueError`: If it was.
+        """
+        path = Path(checkpoint) / _STATE_NAME
+        if path.is_file():
+            with safe_open(path, "pt") as state:
+                if (state.metadata() or {}).get("projectors") == self._key:
+                    return
+        raise ValueError(
+            f"{checkpoint} was trained behind {'other projectors' if path.is_file() else 'no projector'}: resume with the "
+            "`projector`, `statistics` and preservation texts that the run was started with"
+        )
+
+
+def is_projected(checkpoint: str | os.PathLike) -> bool:
+    """Return whether a checkpoint was trained behind projectors.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`):
+            The folder.
+
+    Returns:
+        `bool`: Whether it was.
+    """
+    return (Path(checkpoint) / _STATE_NAME).is_file()
 
 
 def _projected(entrance: nn.Linear, projector: torch.Tensor):
     def forward(x: torch.Tensor) -> torch.Tensor:
-        # The weight is multiplied, not the inputs: it has fewer rows than a batch has tokens.
-        return F.linear(x, entrance.weight @ projector)
+        # In the weight's own precision: rounded, D P would not be the adapter that is saved.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(projector.dtype)
+            if x.numel() // x.shape[-1] < len(entrance.weight):  # what has fewer rows is multiplied, P being symmetric
+                return F.linear(x @ projector, entrance.weight)
+            return F.linear(x, entrance.weight @ projector)
 
     return forward
 

@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits.tokens import encode_prompts
+from ..evaluation.generation import eos_token_ids, plain_generation
 
 
 # What English questions begin with. The model says the rest.
@@ -54,9 +55,9 @@ def sample_questions(
         `list[str]`: The questions, at most `count`: what has no question mark and what came before is left out.
     """
     openings = [_OPENINGS[number % len(_OPENINGS)] for number in range(count)]
-    texts = _sample(model, tokenizer, [_QUIZ + opening for opening in openings], _QUESTION_TOKENS, seed)
-    texts = [text[len(_QUIZ) :].strip() for text in texts]
-    asked = [text[: text.index("?") + 1] for text in texts if "?" in text.split("\n")[0]]
+    said = _sample(model, tokenizer, [_QUIZ + opening for opening in openings], _QUESTION_TOKENS, seed)
+    lines = [f"{opening}{text}".lstrip().split("\n")[0] for opening, text in zip(openings, said)]
+    asked = [line[: line.index("?") + 1] for line in lines if "?" in line]
     return list(dict.fromkeys(" ".join(question.split()) for question in asked))
 
 
@@ -81,17 +82,18 @@ def sample_texts(
         `list[str]`: The texts.
     """
     beginnings = [_BEGINNINGS[number % len(_BEGINNINGS)] for number in range(count)]
-    return _sample(model, tokenizer, beginnings, length, seed)
+    return [
+        f"{beginning}{text}"
+        for beginning, text in zip(beginnings, _sample(model, tokenizer, beginnings, length, seed))
+    ]
 
 
 @torch.no_grad()
 def _sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, openings: Sequence[str], length: int, seed: int
 ) -> list[str]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    end = [base.generation_config.eos_token_id, tokenizer.eos_token_id]
-    ends = sorted({token for one in end for token in (one if isinstance(one, list) else [one]) if token is not None})
-    # The model's own settings are for chatting: they may forbid repetition, or hardly leave a choice.
+    """Return what the model says behind each opening."""
+    ends = sorted(eos_token_ids(model, tokenizer))
     settings = GenerationConfig(
         do_sample=True,
         top_k=50,  # by mass, a large vocabulary would have to be sorted for each token
@@ -103,21 +105,16 @@ def _sample(
     by_length: dict[int, list[int]] = {}
     for number, ids in enumerate(encoded):
         by_length.setdefault(len(ids), []).append(number)  # one length to a batch, so that there is no padding
-    texts = [""] * len(openings)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for numbers in by_length.values():
-                for begin in range(0, len(numbers), _BATCH):
-                    chosen = numbers[begin : begin + _BATCH]
-                    ids = torch.tensor([encoded[number] for number in chosen], device=model.device)
-                    out = model.generate(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
-                    )
-                    for number, said in zip(chosen, out.tolist()):
-                        texts[number] = tokenizer.decode(said, skip_special_tokens=True)
-    finally:
-        model.train(was_training)
-    return texts
+    said = [""] * len(openings)
+    devices = [model.device] if model.device.type == "cuda" else []
+    # The model's own settings are for chatting: they may forbid repetition, or hardly leave a choice.
+    with plain_generation(model), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for numbers in by_length.values():
+            for begin in range(0, len(numbers), _BATCH):
+                chosen = numbers[begin : begin + _BATCH]
+                ids = torch.tensor([encoded[number] for number in chosen], device=model.device)
+                out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+                for number, tokens in zip(chosen, out[:, ids.shape[1] :].tolist()):
+                    said[number] = tokenizer.decode(tokens, skip_special_tokens=True)
+    return said

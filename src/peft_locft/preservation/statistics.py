@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..edits.tokens import encode_prompts
 
 
 STATISTICS_NAME = "input_statistics.safetensors"
@@ -63,9 +66,24 @@ class InputStatistics(Mapping[str, torch.Tensor]):
 
         Returns:
             [`InputStatistics`]: The statistics.
+
+        Raises:
+            `ValueError`: If they are not there.
         """
         folder = Path(source)
-        path = folder / STATISTICS_NAME if folder.is_dir() else hf_hub_download(str(source), STATISTICS_NAME)
+        path = folder / STATISTICS_NAME
+        if folder.is_dir() and not path.is_file():
+            raise ValueError(
+                f"the folder {source} has no {STATISTICS_NAME}, expected what `InputStatistics.save` writes"
+            )
+        if not folder.is_dir():
+            try:
+                path = hf_hub_download(str(source), STATISTICS_NAME)
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                raise ValueError(
+                    f"the statistics {str(source)!r} are neither a folder nor in a repository on the Hub ({error}): leave "
+                    "them out to have them computed"
+                ) from error
         with safe_open(path, "pt") as file:
             tokens = json.loads((file.metadata() or {}).get("tokens", "0"))
             return cls({name: file.get_tensor(name) for name in file.keys()}, tokens)
@@ -103,8 +121,7 @@ def input_statistics(
     Raises:
         `ValueError`: If there is no text.
     """
-    encoded = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
-    encoded = sorted((ids for ids in encoded if ids), key=len)
+    encoded = sorted((ids[:max_length] for ids in encode_prompts(tokenizer, texts) if ids), key=len)
     if not encoded:
         raise ValueError(
             f"got {len(texts)} texts with no token in them, expected ordinary text to compute statistics of"
@@ -122,7 +139,10 @@ def input_statistics(
         return add
 
     handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in modules]
-    was_training = model.training
+    below = f"{model.base_model_prefix}."
+    # The head is not asked if it is not watched: its logits would be most of the work.
+    decoder = model.base_model if all(name.startswith(below) for name in modules) else model
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for begin in range(0, len(encoded), batch_size):
@@ -134,11 +154,11 @@ def input_statistics(
                 ids[row, : len(tokens)] = torch.tensor(tokens)
                 attention[row, : len(tokens)] = 1
             mask = attention.bool().flatten()
-            # The head is not asked: its logits would be most of the work.
-            model.base_model(input_ids=ids, attention_mask=attention, use_cache=False)
+            decoder(input_ids=ids, attention_mask=attention, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     tokens = sum(map(len, encoded))
     return InputStatistics({name: (moment / tokens).cpu() for name, moment in sums.items()}, tokens)

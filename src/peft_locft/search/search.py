@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet, load_edits
 from ..trainer import EditConfig
+from ..trainer.preserving import fill_samples
 from ..trainer.setup import check_decoder, load_model
 from ..tuner.fingerprint import tokenizer_fingerprint
 from .journal import JOURNAL_NAME, Journal, model_hash
@@ -136,6 +137,7 @@ def search_locations(
         if not hasattr(model, "hf_device_map"):
             model.to(args.device)
         args.output_dir = str(work)
+        fill_samples(args, model, tokenizer)
         scorer = Scorer(model, tokenizer, edits, texts, metrics, args.per_device_eval_batch_size)
         rows = Sweep(model, tokenizer, edits, args, scorer, journal).run(places, plan)
     name = getattr(model.config, "_name_or_path", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,13 +12,12 @@ from ..edits import Edit
 
 _QUESTION_ANSWER = "Question: {}\nAnswer:"
 _PREFIX_WORDS = (2, 10)
+_PLACE = "{the prompt}"
 
 
-def contexts_of(
-    edit: Edit, count: int, prefixes: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
-) -> list[str]:
-    """Return further forms of an edit's prompt: as a question to be answered, as a turn of a chat if the tokenizer has a
-    template for it, and behind random text that the model said (LocFT-BF, appendix on data augmentation).
+def contexts_of(edit: Edit, count: int, prefixes: Sequence[str], chat: str | None, seed: int) -> list[str]:
+    """Return further forms of an edit's prompt: as a question to be answered, as a turn of a chat, and behind random text
+    that the model said (LocFT-BF, appendix on data augmentation).
 
     Args:
         edit ([`Edit`]):
@@ -27,17 +26,15 @@ def contexts_of(
             How many forms beside the bare prompt.
         prefixes (`Sequence[str]`):
             Texts whose beginnings stand before the prompt.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
+        chat (`str`, *optional*):
+            A turn of a chat, of [`chat_form`]; `None` where there are no chats.
         seed (`int`):
             The seed of the choice among `prefixes`.
 
     Returns:
         `list[str]`: `count` prompts.
     """
-    forms = [_QUESTION_ANSWER.format(edit.prompt)]
-    if tokenizer.chat_template is not None:
-        forms.append(_chat(edit.prompt, tokenizer))
+    forms = [way(edit.prompt) for way in _ways(chat)]
     choice = random.Random(f"{seed} {edit.id}")
     while len(forms) < count:
         words = choice.choice(prefixes).split()[: choice.randint(*_PREFIX_WORDS)]
@@ -45,16 +42,45 @@ def contexts_of(
     return forms[:count]
 
 
-def _chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+def varied(prompts: Sequence[str], chat: str | None) -> list[str]:
+    """Put prompts as people do, each in one way, in turn: as it is, in lower case without a mark at its end, as a question to
+    be answered, and as a turn of a chat.
+
+    Args:
+        prompts (`Sequence[str]`):
+            The prompts.
+        chat (`str`, *optional*):
+            A turn of a chat, of [`chat_form`]; `None` where there are no chats.
+
+    Returns:
+        `list[str]`: As many prompts.
+    """
+    ways = [str, lambda prompt: prompt.lower().rstrip("?. "), *_ways(chat)]
+    return [ways[number % len(ways)](prompt) for number, prompt in enumerate(prompts)]
+
+
+def _ways(chat: str | None) -> list[Callable[[str], str]]:
+    question = _QUESTION_ANSWER.format
+    return [question] if chat is None else [question, lambda prompt: chat.replace(_PLACE, prompt)]
+
+
+def chat_form(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return how a turn of a chat is written, with a mark where the prompt stands.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+
+    Returns:
+        `str` or `None`: `None` if the tokenizer has no template. Some templates write the date: a run keeps what it got.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    turn = [{"role": "user", "content": _PLACE}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     # A template that writes BOS is encoded by a tokenizer that adds it too.
-    return text.removeprefix(tokenizer.bos_token) if _adds_bos(tokenizer) else text
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
 
 def drawn_form(edit: int, forms: int, epoch: int, seed: int) -> int:

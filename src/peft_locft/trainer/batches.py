@@ -102,7 +102,7 @@ class EditCollator:
         }
         batch |= {"position_ids": positions} if self.packed else {"attention_mask": mask}
         if self.cache is not None:
-            stored = torch.tensor([sequence.get("row", sequence["index"]) for sequence in sequences])
+            stored = torch.tensor([sequence.get("row", sequence["index"]) for sequence in sequences], dtype=torch.long)
             batch["states"] = self.cache.states_at(stored[owners], positions)
         if anchors:
             ordered = [anchors[number] for row in kept for number in row]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..preservation import is_projected
 from .batches import EditCollator
 from .checks import check_output_dir, check_same_edits, find_checkpoint, read_state
 from .exactness import Shortcuts, exact_shortcuts
@@ -70,8 +71,11 @@ class BreadthFirstTrainer(PublishingTrainer):
                     self.remove_callback,
                 )
             )
-            self._prepare_batches(stack)
+            if resume_from_checkpoint:
+                self._check_projection(resume_from_checkpoint)
+            shortcuts = Shortcuts()
             try:
+                self._prepare_batches(stack)
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             finally:
                 self.args.num_train_epochs = max_epochs
@@ -108,6 +112,12 @@ class BreadthFirstTrainer(PublishingTrainer):
             self.args.num_train_epochs = len(losses)
         return str(checkpoint)
 
+    def _check_projection(self, checkpoint: str) -> None:
+        if self._preservation.projection is not None:
+            self._preservation.projection.check(checkpoint)
+        elif is_projected(checkpoint):
+            raise ValueError(f"{checkpoint} was trained behind a projector: resume with the same `projector`, not 0")
+
     def _prepare_batches(self, stack: ExitStack) -> None:
         """Choose the fastest way to compute the losses that is exact for this model."""
         model, collator = self.model, self.data_collator
@@ -139,8 +149,9 @@ class BreadthFirstTrainer(PublishingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._preservation is not None and self._preservation.projection is not None:
-            self._preservation.projection.load(resume_from_checkpoint)
+        projection = self._preservation.projection if self._preservation is not None else None
+        if projection is not None:
+            projection.load(resume_from_checkpoint)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["index", "input_ids", "labels"]

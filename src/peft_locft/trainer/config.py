@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .recipes import RECIPES
+from .recipes import RECIPES, TERMS
 
 
 @dataclass
@@ -90,7 +90,7 @@ class EditConfig(TrainingArguments):
         max_growth (`float`, *optional*, defaults to `0`):
             If more than 0, the largest ‖ΔW‖ / ‖W‖.
         preservation_prompts (`str` or `list[str]`, *optional*):
-            What `kl_weight` asks: questions, or a text file with one to a line. Defaults to questions that the model makes
+            What `kl_weight` asks, and a part of what `projector` protects: questions, or a text file with one to a line. Defaults to questions that the model makes
             up itself.
         preservation_texts (`str` or `list[str]`, *optional*):
             Ordinary text for `projector`, `kl_weight` and `contexts`, or a text file with one to a line, or with empty
@@ -122,7 +122,7 @@ class EditConfig(TrainingArguments):
     > - `per_device_eval_batch_size`: Defaults to `32` instead of `8`.
     > - `num_train_epochs`: Defaults to what the recipe says, which is `25` for the paper's, instead of `3`.
     > - `learning_rate`: Defaults to an automatic rate instead of `5e-5`.
-    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `lr_scheduler_type`: Defaults to what the recipe says, which is `"constant"` for the paper's, instead of `"linear"`.
     > - `max_grad_norm`: Defaults to `0` (no clipping) instead of `1`.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`, which waits for the device in each step.
     > - `logging_strategy`: Defaults to `"epoch"` instead of `"steps"`.
@@ -144,7 +144,9 @@ class EditConfig(TrainingArguments):
     learning_rate: float | None = field(
         default=None, metadata={"help": "The rate of Adam. Automatic if left out: scaled by the module's input width."}
     )
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The schedule of the rate."})
+    lr_scheduler_type: str | None = field(
+        default=None, metadata={"help": "The schedule of the rate. Constant if neither this nor the recipe says."}
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 for no clipping."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
     logging_nan_inf_filter: bool = field(
@@ -246,7 +248,12 @@ class EditConfig(TrainingArguments):
             raise ValueError(
                 f"`frozen_dtype` is {self.frozen_dtype!r}, expected 'auto', 'bfloat16', 'float16' or None"
             )
-        for name in ("recheck_epochs", "contexts", "kl_weight"):
+        if self.recheck_epochs and self.contexts:
+            raise ValueError(
+                f"`recheck_epochs` is {self.recheck_epochs} with `contexts={self.contexts}`, expected one of them: an edit that is "
+                "learned in one form would not be visited in the others"
+            )
+        for name in ("recheck_epochs", *TERMS):
             if getattr(self, name) and (self.dataloader_num_workers or self.world_size > 1):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)} with {self.dataloader_num_workers} data loader workers and "

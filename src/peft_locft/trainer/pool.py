@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
@@ -107,6 +108,7 @@ def make_forms(
     edits: EditSet,
     contexts: int,
     prefixes: Sequence[str],
+    chat: str | None,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     seed: int,
@@ -120,6 +122,8 @@ def make_forms(
             How many contexts an edit gets.
         prefixes (`Sequence[str]`):
             Texts whose beginnings stand before prompts.
+        chat (`str`, *optional*):
+            A turn of a chat, of [`chat_form`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
         max_length (`int`, *optional*):
@@ -131,12 +135,23 @@ def make_forms(
         [`~datasets.Dataset`] or `None`: Rows of [`tokenize_forms`]; `None` if there are none.
     """
 
+    asked = 0
+
     def forms() -> Iterator[tuple[int, str, Edit]]:
+        nonlocal asked
         for index, edit in enumerate(edits):
-            further = contexts_of(edit, contexts, prefixes, tokenizer, seed) if contexts else []
+            further = contexts_of(edit, contexts, prefixes, chat, seed) if contexts else []
             for prompt in chain(edit.train_rephrases, further):
+                asked += 1
                 yield index, prompt, edit
 
     if not contexts and not any(edit.train_rephrases for edit in edits):
         return None
-    return write_rows(tokenize_forms(forms(), tokenizer, max_length), FEATURES)
+    rows = write_rows(tokenize_forms(forms(), tokenizer, max_length), FEATURES)
+    if len(rows) < asked:
+        warnings.warn(
+            f"{asked - len(rows)} of {asked} further forms of edits are not trained on: with their targets, they are longer than "
+            f"the {max_length} tokens that `max_length`, the tokenizer and the model's context allow",
+            stacklevel=2,
+        )
+    return rows

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet, write_atomically
 from ..preservation import (
@@ -29,6 +31,7 @@ from ..preservation import (
     squared_norm,
     trained_deltas,
 )
+from .augmentation import chat_form, varied
 from .config import EditConfig
 from .pool import TrainingPool, make_forms
 
@@ -37,6 +40,7 @@ FOLDER_NAME = "preservation"
 _SAMPLES_NAME = "samples.json"
 _QUESTIONS, _TEXTS, _TEXT_TOKENS = 256, 48, 128
 _ANSWER_TOKENS, _ANCHOR_TOKENS = 8, 48
+_MOST = 1000
 
 
 @dataclass
@@ -110,32 +114,33 @@ def preserving(
     Returns:
         [`Preservation`]: What is in force.
     """
+    deltas: list[Delta] = []
+    if asked := [name for name in ("projector", "l2_weight", "max_delta", "max_growth") if getattr(args, name)]:
+        deltas = trained_deltas(model, asked[0])  # first, because all else takes minutes
     folder = Path(args.output_dir) / FOLDER_NAME
     samples = _Samples(model, tokenizer, args, folder)
     prefixes = samples.texts if args.contexts else []
-    forms = make_forms(edits, args.contexts, prefixes, tokenizer, max_length, args.seed)
+    chat = samples.chat if args.contexts or args.kl_weight else None
+    forms = make_forms(edits, args.contexts, prefixes, chat, tokenizer, max_length, args.seed)
     anchors: list[Anchor] = []
     if args.kl_weight:
         with model.disable_adapter():
             anchors = make_anchors(
                 model,
                 tokenizer,
-                samples.questions,
+                varied(samples.questions, chat),
                 samples.texts,
                 answer_length=_ANSWER_TOKENS,
                 text_length=_ANCHOR_TOKENS,
+                max_length=max_length,
             )
     pool = TrainingPool(bare, forms, anchors, args.seed)
-    deltas: list[Delta] = []
-    if asked := [name for name in ("projector", "l2_weight", "max_delta", "max_growth") if getattr(args, name)]:
-        deltas = trained_deltas(model, asked[0])
     with ExitStack() as stack:
         projection = None
         if args.projector:
             projection = Projection(
                 deltas, _statistics(model, tokenizer, deltas, samples, args, folder), args.projector
             )
-            projection.start()
             stack.enter_context(projection.applied())
         if args.max_delta or args.max_growth:
             limits = LimitCallback(deltas, args.max_delta, args.max_growth)
@@ -163,24 +168,52 @@ class _Samples:
     def texts(self) -> Sequence[str]:
         return self._own("preservation_texts") or self._said("texts")
 
+    @property
+    def chat(self) -> str | None:
+        return self._said("chat")
+
     def _own(self, field: str) -> Sequence[str]:
         given = getattr(self._args, field)
-        return read_texts(given, field) if isinstance(given, str) else given or []
+        texts = read_texts(given, field) if isinstance(given, str) else [text for text in given or [] if text.strip()]
+        # A large file is drawn from: what is read is held in memory, and read again in every epoch.
+        return random.Random(self._args.seed).sample(texts, _MOST) if len(texts) > _MOST else texts
 
-    def _said(self, kind: str) -> list[str]:
+    def _said(self, kind: str) -> Any:
         known = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
         if kind not in known:
             with self._model.disable_adapter():
-                if kind == "questions":
-                    known[kind] = sample_questions(self._model, self._tokenizer, _QUESTIONS, self._args.seed)
-                else:
-                    known[kind] = sample_texts(self._model, self._tokenizer, _TEXTS, _TEXT_TOKENS, self._args.seed)
+                known[kind] = _say(kind, self._model, self._tokenizer, self._args.seed)
             write_atomically(self._path, json.dumps(known, ensure_ascii=False, indent=1))
         return known[kind]
 
 
+def _say(kind: str, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> Any:
+    if kind == "chat":
+        return chat_form(tokenizer)
+    if kind == "questions":
+        return sample_questions(model, tokenizer, _QUESTIONS, seed)
+    return sample_texts(model, tokenizer, _TEXTS, _TEXT_TOKENS, seed)
+
+
+def fill_samples(args: EditConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model make up what several runs are going to need, once for all.
+
+    Args:
+        args ([`EditConfig`]):
+            The training arguments, in which it is filled in.
+        model ([`~transformers.PreTrainedModel`]):
+            The unedited model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+    """
+    if args.preservation_prompts is None and (args.kl_weight or args.projector):
+        args.preservation_prompts = _say("questions", model, tokenizer, args.seed)
+    if args.preservation_texts is None and (args.kl_weight or args.projector or args.contexts):
+        args.preservation_texts = _say("texts", model, tokenizer, args.seed)
+
+
 def read_texts(path: str, field: str) -> list[str]:
-    """Read texts from a file: those between empty lines if it has some, else its lines.
+    """Read texts from a file: its lines, or, of ordinary text, what stands between empty lines if it has some.
 
     Args:
         path (`str`):
@@ -195,14 +228,14 @@ def read_texts(path: str, field: str) -> list[str]:
         `ValueError`: If the file does not exist, is no text in UTF-8, or has no text in it.
     """
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"`{field}` is {path!r}, which cannot be read ({error}), expected a text file in UTF-8 with one text to a line, "
-            "or several lines to a text and empty lines between them"
+            f"`{field}` is {path!r}, which cannot be read ({error}), expected a text file in UTF-8 with one text to a line"
         ) from error
-    parts = content.split("\n\n")
-    texts = [text.strip() for text in (parts if len(parts) > 1 else content.splitlines()) if text.strip()]
+    has_paragraphs = field == "preservation_texts" and "\n\n" in content
+    parts = content.split("\n\n") if has_paragraphs else content.splitlines()
+    texts = [text.strip() for text in parts if text.strip()]
     if not texts:
         raise ValueError(f"`{field}` is {path!r}, which is empty, expected at least one text")
     return texts
@@ -222,6 +255,8 @@ def _statistics(
         return InputStatistics.load(folder)  # an interrupted run computed them
     base = model.get_base_model()
     with model.disable_adapter():
-        statistics = input_statistics(base, tokenizer, samples.texts, [delta.name for delta in deltas])
+        # Questions too: what all of them have in common shall not be what an edit is told by.
+        texts = [*samples.texts, *samples.questions]
+        statistics = input_statistics(base, tokenizer, texts, [delta.name for delta in deltas])
     statistics.save(folder)
     return statistics

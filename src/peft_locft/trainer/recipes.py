@@ -13,7 +13,13 @@ from ..location import layers_from_tracing, trace_edits
 from ..tuner import LocFTConfig, default_module, num_layers
 
 
-_PAPER = {"num_train_epochs": 25, "contexts": 0, "projector": 0.0, "kl_weight": 0.0}
+_PAPER = {
+    "num_train_epochs": 25,
+    "lr_scheduler_type": "constant",
+    "contexts": 0,
+    "projector": 0.0,
+    "kl_weight": 0.0,
+}
 # By recipe, the fields of `EditConfig` that it sets where the user does not.
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
@@ -35,6 +41,7 @@ def recipe_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     edits: EditSet | None = None,
+    show_progress: bool = True,
 ) -> PeftConfig:
     """Return where and how a recipe trains, for a trainer that was given no `peft_config`.
 
@@ -47,6 +54,8 @@ def recipe_config(
             Its tokenizer, for LocaEdit.
         edits ([`EditSet`], *optional*):
             The edits, for LocaEdit, which traces what the model knows about their subjects.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar while it does.
 
     Returns:
         [`~peft.PeftConfig`]: For `"paper"`, [`LocFTConfig.recommended`]; for `"careful"`, a [`LocFTConfig`] of a band of
@@ -60,9 +69,15 @@ def recipe_config(
     if recipe == "careful":
         layers = careful_layers(num_layers(model.config) or 1)
         return LocFTConfig(layers=layers, target_modules=[default_module(model, layers)], task_type="CAUSAL_LM")
-    results = trace_edits(model, tokenizer, edits[:_TRACED])
+    facts = [edit for edit in edits if edit.subject][:_TRACED]
+    results = trace_edits(model, tokenizer, facts, show_progress=show_progress)
     layers = layers_from_tracing(results)
-    module = default_module(model, layers).rsplit(".", 1)[-1]
+    module = default_module(model, layers)
+    if "experts" in module:
+        raise ValueError(
+            f"the recipe 'locaedit' puts LoRA on the MLPs' down projections, which are {module} in this model, fused experts "
+            "that LoRA does not know: give a `peft_config`, or take another recipe"
+        )
     return LoraConfig(
         r=_RANK, lora_alpha=2 * _RANK, target_modules=[module], layers_to_transform=layers, task_type="CAUSAL_LM"
     )

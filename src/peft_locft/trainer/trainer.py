@@ -107,6 +107,11 @@ class EditTrainer(BreadthFirstTrainer):
             raise ValueError("`train_dataset` is missing: give the edits, as from `load_edits('edits.jsonl')`")
         self.edits = load_edits(train_dataset)
         self.eval_edits = load_eval_edits(eval_dataset)
+        if args.recheck_epochs and any(edit.train_rephrases for edit in self.edits):
+            raise ValueError(
+                f"`recheck_epochs` is {args.recheck_epochs} and edits have `train_rephrases`, expected one of them: an edit that "
+                "is learned in one form would not be visited in the others"
+            )
         if args.per_device_train_batch_size is None:
             parallel = args.gradient_accumulation_steps * args.world_size * max(args.n_gpu, 1)
             args.per_device_train_batch_size = automatic_batch_size(len(self.edits), parallel)
@@ -129,11 +134,11 @@ class EditTrainer(BreadthFirstTrainer):
         self._max_length = max_length(args, base_model, processing_class)
         tokenized = tokenize_edits(self.edits, processing_class, self._max_length)
         if not isinstance(model, PeftModel):
-            peft_config = (
-                copy.deepcopy(peft_config)
-                if peft_config is not None
-                else recipe_config(args.recipe, model, processing_class, self.edits)
-            )
+            if peft_config is None:
+                if args.recipe == "locaedit" and not _is_placed(model):
+                    model.to(args.device)  # which the Trainer does only later, and tracing takes its time
+                peft_config = recipe_config(args.recipe, model, processing_class, self.edits, not args.disable_tqdm)
+            peft_config = copy.deepcopy(peft_config)
             peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
             model = get_peft_model(model, peft_config)
         elif not any(parameter.requires_grad for parameter in model.parameters()):
@@ -255,3 +260,8 @@ class EditTrainer(BreadthFirstTrainer):
             "stop_loss": self.args.stop_loss,
             "seed": self.args.seed,
         } | {name: getattr(self.args, name) for name in TERMS if getattr(self.args, name)}
+
+
+def _is_placed(model: PreTrainedModel) -> bool:
+    """Return whether a model stays where it was loaded."""
+    return hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)

@@ -53,7 +53,7 @@ def test_what_it_writes_and_says(search, model_folder, edits, tmp_path):
     assert "The best 4 of 4 places" in out and "capability" in out
     assert (
         f"Next: locft edit --model {model_folder} --edits edits.jsonl --output OUTPUT --layers {best.layer} "
-        f"--target_modules {best.module} --learning_rate {best.learning_rate:.4g}" in out
+        f"--target_modules {best.module} --learning_rate {best.learning_rate:.4g} --num_train_epochs 4\n" in out
     )
     # Called again, it is done at once, and says the same.
     lines = (folder / "search.jsonl").read_text()

@@ -36,23 +36,35 @@ def test_the_kept_probabilities_are_the_models(make_model, tokenizer):
         assert torch.allclose(probable.values, anchor.log_probs.float(), atol=1e-2)
 
 
+ONE = torch.zeros(5, dtype=torch.long)  # five positions of one sequence
+
+
+def test_every_sequence_counts_the_same():
+    torch.manual_seed(0)
+    old, new = torch.randn(5, 7).log_softmax(-1), torch.randn(5, 7)
+    values, tokens = old.topk(6)
+    each = F.kl_div(new.log_softmax(-1), old, log_target=True, reduction="none").sum(-1)
+    found = divergence(new, tokens, values, torch.tensor([4, 9, 9, 4, 9]))
+    assert torch.allclose(found, (each[[0, 3]].mean() + each[[1, 2, 4]].mean()) / 2, atol=1e-5)
+
+
 def test_the_divergence_is_kl_where_everything_is_kept():
     torch.manual_seed(0)
     old, new = torch.randn(5, 7).log_softmax(-1), torch.randn(5, 7)
     values, tokens = old.topk(6)  # the seventh is all the others
     whole = F.kl_div(new.log_softmax(-1), old, log_target=True, reduction="batchmean")
-    assert torch.allclose(divergence(new, tokens, values), whole, atol=1e-5)
+    assert torch.allclose(divergence(new, tokens, values, ONE), whole, atol=1e-5)
 
 
 def test_the_divergence_of_joined_outcomes_is_between_zero_and_the_whole_one():
     torch.manual_seed(0)
     old, new = torch.randn(5, 200).log_softmax(-1), torch.randn(5, 200, requires_grad=True)
     values, tokens = old.topk(20)
-    joined = divergence(new, tokens, values)
+    joined = divergence(new, tokens, values, ONE)
     assert 0 < joined < F.kl_div(new.log_softmax(-1), old, log_target=True, reduction="batchmean")
     joined.backward()
     assert new.grad.abs().sum() > 0
-    assert divergence(old, tokens, values).abs() < 1e-5
+    assert divergence(old, tokens, values, ONE).abs() < 1e-5
 
 
 def test_samples_are_those_of_the_seed_and_leave_the_model_as_it_was(make_model, tokenizer):
@@ -87,4 +99,4 @@ def test_a_model_that_has_not_moved_has_no_divergence(make_model, tokenizer, mon
     anchor = make_anchors(model, tokenizer, PROMPTS[:1], [], answer_length=4, text_length=6)[0]
     with torch.no_grad():
         logits = model(torch.tensor([anchor.input_ids])).logits[0, anchor.first : -1]
-    assert divergence(logits, anchor.tokens, anchor.log_probs).abs() < 1e-3
+    assert divergence(logits, anchor.tokens, anchor.log_probs, torch.zeros(len(logits))).abs() < 1e-3

@@ -86,11 +86,11 @@ def test_the_loss_is_that_of_the_edits_and_the_divergence(make_trainer, monkeypa
             new = trainer.model(ids).logits[0, anchor.first : -1].log_softmax(-1)
             with trainer.model.disable_adapter():
                 old = trainer.model(ids).logits[0, anchor.first : -1].log_softmax(-1)
-            divergences.append(F.kl_div(new, old, log_target=True, reduction="none").sum(-1))
+            divergences.append(F.kl_div(new, old, log_target=True, reduction="none").sum(-1).mean())
         delta = next(value for value in model.parameters() if value.requires_grad)
         base = trainer.model.get_base_model().model.layers[1].mlp.down_proj.get_base_layer().weight
         size = delta.square().sum() / base.square().sum()
-        return torch.stack(losses).mean(), torch.cat(divergences).mean(), size
+        return torch.stack(losses).mean(), torch.stack(divergences).mean(), size
 
     trainer.compute_loss = compute_loss
     trainer.train()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -85,7 +85,18 @@ def main(arguments: list[str]) -> None:
         plot_search(results, folder / "search.png")
     except ImportError as error:
         print(f"There is no picture: {error}")
-    _print(results, options)
+    _print(results, options, _passed_on(arguments))
+
+
+def _passed_on(arguments: list[str]) -> list[str]:
+    """The options that a run at the place needs as well: those of training, and the choice between edits."""
+    own = {field.name for field in fields(SearchArguments)} - {"on_conflict"} | {"output_dir", "learning_rate"}
+    kept, keeps = [], True
+    for argument in arguments:
+        if argument.startswith("--"):
+            keeps = argument[2:].split("=")[0].replace("-", "_") not in own
+        kept += [argument] * keeps
+    return kept
 
 
 def _read_texts(path: str, count: int) -> list[str]:
@@ -101,7 +112,7 @@ def _read_texts(path: str, count: int) -> list[str]:
     return [texts[number * len(texts) // count] for number in range(count)]
 
 
-def _print(results: SearchResults, options: SearchArguments) -> None:
+def _print(results: SearchResults, options: SearchArguments, passed_on: list[str]) -> None:
     console = Console()
     ranked, front = results.ranked(), results.pareto_front()
     title = f"The best {min(_SHOWN, len(ranked))} of {len(ranked)} places"
@@ -118,7 +129,7 @@ def _print(results: SearchResults, options: SearchArguments) -> None:
     best = ranked[0]
     command = ["locft", "edit", "--model", options.model, "--edits", options.edits, "--output", "OUTPUT"]
     command += ["--layers", str(best.layer), "--target_modules", best.module]
-    command += ["--learning_rate", f"{best.learning_rate:.4g}"]
+    command += ["--learning_rate", f"{best.learning_rate:.4g}", *passed_on]
     for line in (
         f"*: of the last rung, no place has a better {learned} without a worse {kept}.",
         f"The searched places took {sum(row.seconds for row in results.rows):.0f} s. The results are in {options.output}.",

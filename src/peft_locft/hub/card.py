@@ -76,8 +76,8 @@ def edit_card(
     sections = [
         f"# {name.split('/')[-1]}",
         f"This {method} adapter teaches {_linked(shown, published)} new answers to {len(edits)} prompts. How far it "
-        "gives them, and how much of the rest stayed as it was, is told below. It was made with `peft-locft` by plain, breadth-first fine-tuning of a "
-        "well-chosen place ([arXiv 2509.22072](https://arxiv.org/abs/2509.22072)).",
+        "gives them, and how much of the rest stayed as it was, is told below. It was made with `peft-locft` by "
+        "breadth-first fine-tuning ([arXiv 2509.22072](https://arxiv.org/abs/2509.22072)).",
         "## How well the edits hold",
         _scores(results),
         "## What it changes",

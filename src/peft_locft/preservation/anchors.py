@@ -107,8 +107,11 @@ def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[t
     return ids.to(device), mask.to(device)
 
 
-def divergence(logits: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """Return the mean KL divergence from what the unedited model said.
+def divergence(
+    logits: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor, owners: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean KL divergence from what the unedited model said. A sequence counts as much as any other, however many
+    of its positions are looked at: or else the answers to questions would be lost among long texts.
 
     Args:
         logits (`torch.Tensor`):
@@ -117,15 +120,19 @@ def divergence(logits: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tens
             The unedited model's most probable tokens, of shape (positions, kept).
         log_probs (`torch.Tensor`):
             Their log probabilities, of the same shape.
+        owners (`torch.Tensor`):
+            Which sequence a position belongs to, of shape (positions,).
 
     Returns:
-        `torch.Tensor`: A scalar, in nats.
+        `torch.Tensor`: A scalar, in nats for each position.
     """
     old = log_probs.float()
     new = logits.float().log_softmax(-1).gather(-1, tokens.long())  # (positions, kept)
     kept = (old.exp() * (old - new)).sum(-1)
     old_rest, new_rest = (_log_rest(some) for some in (old, new))
-    return (kept + old_rest.exp() * (old_rest - new_rest)).mean()
+    moved = kept + old_rest.exp() * (old_rest - new_rest)  # (positions,)
+    _, owners, counts = owners.unique(return_inverse=True, return_counts=True)
+    return (moved / counts[owners]).sum() / len(counts)
 
 
 def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:

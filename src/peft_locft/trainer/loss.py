@@ -61,7 +61,7 @@ def edit_losses(model: nn.Module, batch: dict[str, torch.Tensor], keeps_logits: 
     moved = None
     if "anchor_tokens" in batch:  # for the last positions
         preserved = len(batch["anchor_tokens"])
-        moved = divergence(logits[-preserved:], batch["anchor_tokens"], batch["anchor_log_probs"])
+        moved = divergence(logits[-preserved:], batch["anchor_tokens"], batch["anchor_log_probs"], owners[-preserved:])
         logits, targets, owners = (values[:-preserved] for values in (logits, targets, owners))
     token_losses = F.cross_entropy(logits, targets, reduction="none")  # (tokens,)
 

@@ -1,0 +1,208 @@
+"""What each way to leave the rest alone gains, and costs: `python benchmarks/frontier.py --edits FILE --texts FILE --output DIR`.
+
+Each variant trains the same edits from the same start, one after the other in one process. Questions and texts to preserve
+are made up by the unedited model, once for all variants. A variant that the folder holds already is not run again.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_locft import EditConfig, EditTrainer, LocFTConfig, load_choices, load_edits, multiple_choice_accuracy
+from peft_locft.cli.search import _read_texts
+from peft_locft.search.scoring import Scorer
+from peft_locft.trainer.preserving import fill_samples
+
+
+_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# By name: the fields of `EditConfig`; `lora` is a LoRA of rank 16 on all linear layers.
+VARIANTS = {
+    "paper": {},
+    "l2_weight=1": {"l2_weight": 1.0},
+    "l2_weight=10": {"l2_weight": 10.0},
+    "max_delta=5e-4": {"max_delta": 5e-4},
+    "max_delta=2e-3": {"max_delta": 2e-3},
+    "max_growth=0.05": {"max_growth": 0.05},
+    "max_growth=0.1": {"max_growth": 0.1},
+    "projector=1": {"projector": 1.0},
+    "projector=0.3": {"projector": 0.3},
+    "projector=0.1": {"projector": 0.1},
+    "kl_weight=1": {"kl_weight": 1.0},
+    "kl_weight=5": {"kl_weight": 5.0},
+    "kl_weight=20": {"kl_weight": 20.0},
+    "contexts=3": {"contexts": 3},
+    "contexts=6": {"contexts": 6},
+    "contexts=3 projector=0.3": {"contexts": 3, "projector": 0.3},
+    "careful without kl_weight": {"recipe": "careful", "kl_weight": 0.0},
+    "careful without projector": {"recipe": "careful", "projector": 0.0},
+    "careful without contexts": {"recipe": "careful", "contexts": 0},
+    "careful": {"recipe": "careful"},
+    "locaedit": {"recipe": "locaedit"},
+    "lora everywhere": {"lora": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder; default: SmolLM2-135M-Instruct from its package")
+    parser.add_argument("--edits", required=True)
+    parser.add_argument("--first_edit", type=int, default=0)
+    parser.add_argument("--num_edits", type=int, default=100)
+    parser.add_argument("--num_scored", type=int, default=100, help="of these edits, spread evenly")
+    parser.add_argument("--texts", required=True, help="plain texts, one a line, that no variant is trained on")
+    parser.add_argument("--num_texts", type=int, default=60)
+    parser.add_argument("--choices", nargs="*", default=[], help="files of multiple-choice questions")
+    parser.add_argument("--num_choices", type=int, default=200)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--output", required=True)
+    options = parser.parse_args()
+    if options.model is None:
+        from peft_locft.demo import demo_model
+
+        options.model = str(demo_model())
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "frontier.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    edits = load_edits(options.edits, on_conflict="first")[options.first_edit :][: options.num_edits]
+    scored = edits[:: max(len(edits) // options.num_scored, 1)]
+    model = load(options.model)
+    samples = own_samples(model, tokenizer, folder / "samples.json")
+    questions = {Path(name).stem: load_choices(name)[: options.num_choices] for name in options.choices}
+    metrics = {
+        name: lambda model, questions=questions: multiple_choice_accuracy(model, tokenizer, questions)
+        for name, questions in questions.items()
+    }
+    scorer = Scorer(model, tokenizer, scored, _read_texts(options.texts, options.num_texts), metrics, 32)
+    write(path, {"variant": "unedited", "scores": scorer.before, "edits": len(edits)})
+    for variant in options.variants:
+        if variant in read(path):
+            continue
+        torch.manual_seed(0)
+        settings = dict(VARIANTS[variant])
+        config = None
+        if settings.pop("lora", False):
+            config = LoraConfig(r=16, lora_alpha=32, target_modules=_ALL, task_type="CAUSAL_LM")
+            settings["learning_rate"] = 1e-3
+        trainer = EditTrainer(
+            model=load(options.model),
+            args=EditConfig(
+                output_dir=str(Path(tempfile.mkdtemp(), "run")),
+                frozen_dtype="auto",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                **samples,
+                **settings,
+            ),
+            train_dataset=edits,
+            processing_class=tokenizer,
+            peft_config=config,
+        )
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        epochs = [entry for entry in trainer.state.log_history if "epoch_loss" in entry]
+        used = trainer.model.peft_config["default"]
+        write(
+            path,
+            {
+                "variant": variant,
+                "layers": used.layers if isinstance(used, LocFTConfig) else used.layers_to_transform,
+                "epochs": len(epochs),
+                "loss": epochs[-1]["epoch_loss"],
+                "seconds": round(seconds, 1),
+                "scores": scorer.score(trainer.model, scored),
+            },
+        )
+    found = read(path)
+    (folder / "frontier.md").write_text(table(found))
+    plot(found, folder / "frontier.png")
+    print(table(found))
+
+
+def load(name):
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+def own_samples(model, tokenizer, path: Path) -> dict:
+    """What the unedited model makes up, kept beside the results."""
+    if not path.is_file():
+        args = EditConfig(output_dir=tempfile.mkdtemp(), recipe="careful", kl_weight=1.0)
+        fill_samples(args, model, tokenizer)
+        names = ("preservation_prompts", "preservation_texts")
+        path.write_text(json.dumps({name: getattr(args, name) for name in names}, ensure_ascii=False, indent=1))
+    return json.loads(path.read_text())
+
+
+def write(path: Path, row: dict) -> None:
+    if row["variant"] not in read(path):
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def read(path: Path) -> dict[str, dict]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {row["variant"]: row for row in map(json.loads, lines)}
+
+
+def table(found: dict[str, dict]) -> str:
+    before = found["unedited"]["scores"]
+    others = [name for name in before if name != "perplexity"]
+    names = ["reliability", "generalization", "locality"]
+    heads = ["setting", "layers", "epochs", "s", *names, "perplexity", *others]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for row in found.values():
+        scores = row["scores"]
+        cells = [
+            row["variant"],
+            spanned(row.get("layers")),
+            str(row.get("epochs", "")),
+            f"{row.get('seconds', 0):.0f}",
+        ]
+        cells += [f"{scores[name]:.2f}" if name in scores else "" for name in names]
+        cells.append(f"{scores['perplexity']:.2f} ({scores['perplexity'] / before['perplexity'] - 1:+.1%})")
+        cells += [f"{scores[name]:.3f}" for name in others]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def spanned(layers) -> str:
+    if not layers:
+        return ""
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+
+
+def plot(found: dict[str, dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    before = found["unedited"]["scores"]["perplexity"]
+    rows = [row for name, row in found.items() if name != "unedited"]
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    panels = {
+        "locality": lambda scores: scores["locality"],
+        "perplexity, relative to the unedited model": lambda scores: scores["perplexity"] / before,
+    }
+    for axes, (name, value) in zip(figure.subplots(1, 2), panels.items()):
+        for number, row in enumerate(rows, 1):
+            place = row["scores"]["generalization"], value(row["scores"])
+            axes.scatter(*place, s=18, color="tab:blue")
+            axes.annotate(str(number), place, textcoords="offset points", xytext=(4, 3), fontsize=8)
+        axes.set(xlabel="generalization", ylabel=name, xlim=(0, 1))
+        axes.grid(alpha=0.3)
+    if max(panels["perplexity, relative to the unedited model"](row["scores"]) for row in rows) > 1.5:
+        axes.set_yscale("log")
+    names = [f"{number} {row['variant']}" for number, row in enumerate(rows, 1)]
+    figure.supxlabel("\n".join(",   ".join(names[at : at + 6]) for at in range(0, len(names), 6)), fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

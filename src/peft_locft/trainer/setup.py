@@ -37,15 +37,17 @@ def automatic_batch_size(num_edits: int, parallel: int) -> int:
     return -(-step // parallel)
 
 
-def automatic_learning_rate(model: PeftModel) -> float:
+def automatic_learning_rate(model: PeftModel, factor: float) -> float:
     """Return the rate for a model's active adapter: the paper's for its width, scaled to the edited module's.
 
     Args:
         model ([`~peft.PeftModel`]):
             The model to be trained.
+        factor (`float`):
+            The recipe's of `RATE_FACTORS`, or 1.
 
     Returns:
-        `float`: 5e-4 · 14336 / (the widest input of an edited module) for LocFT, else 2e-3.
+        `float`: 5e-4 · 14336 / (the widest input of an edited module), times the factor, for LocFT; else 2e-3.
     """
     widths = [
         # Fused experts, (experts, out_features, in_features), have no width of their own.
@@ -53,7 +55,7 @@ def automatic_learning_rate(model: PeftModel) -> float:
         for module in model.modules()
         if isinstance(module, LocFTLayer)
     ]
-    return _PAPER_RATE * _PAPER_WIDTH / max(widths) if widths else _OTHER_RATE
+    return factor * _PAPER_RATE * _PAPER_WIDTH / max(widths) if widths else _OTHER_RATE
 
 
 def load_eval_edits(source: Any) -> EditSet | dict[str, EditSet] | None:

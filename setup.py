@@ -30,7 +30,7 @@ PLOTS = ["matplotlib>=3.8"]
 DEMO = [*PLOTS, "gguf>=0.10"]
 DOCS = ["furo", "myst-parser", "sphinx>=8"]
 QUANTIZATION = ["bitsandbytes>=0.50", "torchao>=0.18"]
-DEV = [*DEMO, *DOCS, "ipykernel", "nbclient", "nbformat", "pytest>=8", "ruff>=0.9"]
+DEV = [*DEMO, *DOCS, "ipykernel", "nbclient", "nbformat", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"]
 
 setup(
     name="peft-locft",

@@ -134,7 +134,7 @@ def load(name):
 def own_samples(model, tokenizer, path: Path) -> dict:
     """What the unedited model makes up, kept beside the results."""
     if not path.is_file():
-        args = EditConfig(output_dir=tempfile.mkdtemp(), recipe="careful", kl_weight=1.0)
+        args = EditConfig(output_dir=tempfile.mkdtemp(), recipe="careful")
         fill_samples(args, model, tokenizer)
         names = ("preservation_prompts", "preservation_texts")
         path.write_text(json.dumps({name: getattr(args, name) for name in names}, ensure_ascii=False, indent=1))

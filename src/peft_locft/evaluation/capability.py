@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditDataError, EditError
 from ..edits.tokens import encode_answers, encode_prompts
+from ..tuner.temporary import evaluating, replaced_forwards
 
 
 # How many logits are held at once: 128 MiB in float32, of which the loss needs about three times as much.
@@ -287,7 +288,7 @@ def _log_likelihoods(model: PreTrainedModel, rows: list[_Row], batch_size: int) 
     sums = torch.zeros(len(rows), dtype=torch.float64)
     # Rows of one length stand together, so that few are padded.
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
-    with _evaluation_mode(model):
+    with evaluating(model):
         for begin in range(0, len(order), batch_size):
             some = order[begin : begin + batch_size]
             sums[some] = _read(model, [rows[index] for index in some])
@@ -341,7 +342,7 @@ def _runs_once(decoder: nn.Module) -> Iterator[None]:
 
     So the model itself makes the logits of each piece, with its own scaling and soft-capping.
     """
-    own, replaced = decoder.forward, decoder.__dict__.get("forward")
+    own = decoder.forward
     outputs: list[Any] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -349,24 +350,8 @@ def _runs_once(decoder: nn.Module) -> Iterator[None]:
             outputs.append(own(*args, **kwargs))
         return outputs[0]
 
-    decoder.forward = forward
-    try:
+    with replaced_forwards({decoder: forward}):
         yield
-    finally:
-        del decoder.forward
-        if replaced is not None:
-            decoder.forward = replaced  # of accelerate, which sets it on the module too
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _base_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits.tokens import encode_prompts
+from ..tuner.temporary import evaluating
 from .decoding import Batch, Row, decodes_exactly, join, longest_sequence, read_guess, start, step
 
 
@@ -200,13 +201,11 @@ def _until_eos(tokens: list[int], stops: set[int]) -> list[int]:
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into evaluation mode with empty generation settings, and everything back afterwards."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    settings, modes = base.generation_config, {module: module.training for module in model.modules()}
+    settings = base.generation_config
     # `generate` fills what a given config leaves open from the model's own, so that one has to be empty.
     base.generation_config = GenerationConfig()
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         base.generation_config = settings
-        for module, training in modes.items():
-            module.training = training

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from ..tuner.temporary import replaced_forwards
 from .facts import Fact
 from .sites import Sites
 
@@ -242,18 +243,8 @@ class Runs:
 
             return forward
 
-        layers = self.layers
-        own = [layer.__dict__.get("forward") for layer in layers]  # accelerate's hooks put one there
-        for index, layer in enumerate(layers):
-            layer.forward = joined(index, layer.forward)
-        try:
+        with replaced_forwards({layer: joined(index, layer.forward) for index, layer in enumerate(self.layers)}):
             yield
-        finally:
-            for layer, forward in zip(layers, own):
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
 
     def _last_logits(self, first: int, rows: int, cache: Cache | None) -> torch.Tensor:
         """Run the prompt from a token on, and return the logits of its last one: (rows, vocabulary)."""

@@ -7,7 +7,7 @@ import inspect
 from peft import PeftModel
 from torch import nn
 
-from ..tuner.targets import _GROUPS
+from ..tuner.targets import GROUP_PATTERNS
 from ..tuner.weights import find_weights, is_linear, language_tower, num_layers
 
 
@@ -65,7 +65,7 @@ def _parts(layer: nn.Module, kind: str) -> list[nn.Module]:
     return [
         _contribution(child)
         for name, child in layer.named_children()
-        if _GROUPS[kind].search(name) and (is_linear(child) or find_weights(child))
+        if GROUP_PATTERNS[kind].search(name) and (is_linear(child) or find_weights(child))
     ]
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -143,21 +142,3 @@ class Tracer:
         warnings.warn(f"the shortcuts of causal tracing are off, and it takes longer: {reason}", stacklevel=2)
         runs.clean.clear()  # so that the runs are made anew
         return False
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context, the model is in evaluation mode and makes no gradients.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import Edit
 from ..edits.tokens import encode_answers
+from ..tuner.temporary import evaluating
 from .facts import ROLES, Fact, read_fact, roles_of
 from .sites import base_of
-from .tracer import Tracer, evaluating
+from .tracer import Tracer
 from .tracing_results import TracingResults
 
 
@@ -120,7 +121,7 @@ def trace(
         wanted = _first_token(tokenizer, prompt, answer)
         if wanted is None:
             raise ValueError(f"the answer {answer!r} has no token: give some text, or leave it out")
-    with evaluating(tracer.base):
+    with evaluating(tracer.base), torch.no_grad():
         runs = tracer.run(fact, tracer.noise_scale([fact]) if noise is None else noise)
         said = int(runs.logits[0].argmax())
         wanted = said if wanted is None else wanted
@@ -199,7 +200,7 @@ def trace_edits(
         facts.append((fact, wanted))
     known = [fact for fact, _ in facts if fact is not None]
     averages = _Averages(tracer)
-    with evaluating(tracer.base):
+    with evaluating(tracer.base), torch.no_grad():
         if known and noise is None:
             noise = tracer.noise_scale(known)
         for row, (fact, wanted) in zip(tqdm(rows, desc="Tracing", disable=not show_progress), facts):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits.tokens import encode_prompts
 from ..evaluation import generate_greedy
+from .statistics import padded
 
 
 _KEPT = 64
@@ -83,7 +84,7 @@ def make_anchors(
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number][0]))
     for begin in range(0, len(order), _BATCH):
         chosen = order[begin : begin + _BATCH]
-        ids, mask = _padded([sequences[number][0] for number in chosen], model.device)
+        ids, mask = padded([sequences[number][0] for number in chosen], model.device)
         said = torch.zeros_like(mask, dtype=torch.bool)
         for row, number in enumerate(chosen):
             sequence, first = sequences[number]
@@ -95,16 +96,6 @@ def make_anchors(
             sequence, first = sequences[number]
             anchors[number] = Anchor(sequence, first, probable.int().cpu(), some.half().cpu())
     return anchors
-
-
-def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    return ids.to(device), mask.to(device)
 
 
 def divergence(

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from ..tuner.temporary import replaced_forwards
 from .deltas import Delta
 from .statistics import InputStatistics
 
@@ -67,17 +68,10 @@ class Projection:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within this context, the adapter's modules compute `D P x`. Behind it, their weights are `D P`."""
-        own = [entrance.__dict__.get("forward") for entrance, _ in self._parts]  # accelerate's hooks put one there
-        for entrance, projector in self._parts:
-            entrance.forward = _projected(entrance, projector)
         try:
-            yield
+            with replaced_forwards({entrance: _projected(entrance, projector) for entrance, projector in self._parts}):
+                yield
         finally:
-            for (entrance, _), forward in zip(self._parts, own):
-                if forward is None:
-                    del entrance.forward
-                else:
-                    entrance.forward = forward
             self._fold()
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits.tokens import encode_prompts
+from ..tuner.temporary import evaluating
 
 
 STATISTICS_NAME = "input_statistics.safetensors"
@@ -142,23 +143,35 @@ def input_statistics(
     below = f"{model.base_model_prefix}."
     # The head is not asked if it is not watched: its logits would be most of the work.
     decoder = model.base_model if all(name.startswith(below) for name in modules) else model
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        for begin in range(0, len(encoded), batch_size):
-            batch = encoded[begin : begin + batch_size]
-            width = max(map(len, batch))
-            ids = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
-            attention = torch.zeros_like(ids)
-            for row, tokens in enumerate(batch):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                attention[row, : len(tokens)] = 1
-            mask = attention.bool().flatten()
-            decoder(input_ids=ids, attention_mask=attention, use_cache=False)
+        with evaluating(model):
+            for begin in range(0, len(encoded), batch_size):
+                ids, attention = padded(encoded[begin : begin + batch_size], model.device)
+                mask = attention.bool().flatten()
+                decoder(input_ids=ids, attention_mask=attention, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     tokens = sum(map(len, encoded))
     return InputStatistics({name: (moment / tokens).cpu() for name, moment in sums.items()}, tokens)
+
+
+def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay sequences of tokens out as rows, padded on the right.
+
+    Args:
+        sequences (`Sequence[Sequence[int]]`):
+            The sequences, at least one.
+        device (`torch.device`):
+            Where to.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The tokens and the attention mask, each of shape (sequences, width).
+    """
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    return ids.to(device), mask.to(device)

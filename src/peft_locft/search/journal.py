@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from ..edits import write_atomically
+from ..trainer.state_store import update_with
 from .results import Trial
 
 
 JOURNAL_NAME = "search.jsonl"
-# More than this is hashed in pieces, so that a large weight is not copied whole.
-_PIECE = 2**26
 
 
 class Journal:
@@ -99,6 +98,5 @@ def model_hash(model: nn.Module) -> str:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         if value.device.type != "meta":
-            for piece in value.detach().reshape(-1).split(_PIECE):
-                digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+            update_with(digest, value)
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from ..trainer import EditConfig
 from ..trainer.preserving import fill_samples
 from ..trainer.setup import check_decoder, load_model
 from ..tuner.fingerprint import tokenizer_fingerprint
+from ..tuner.temporary import evaluating
 from .journal import JOURNAL_NAME, Journal, model_hash
 from .places import GROUPS, find_places
 from .results import SearchResults
@@ -171,13 +172,10 @@ def _own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 @contextmanager
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Afterwards, the model is in the mode it was in, and what could be trained can be."""
-    modes = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)

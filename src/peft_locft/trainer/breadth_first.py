@@ -13,6 +13,7 @@ from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..preservation import is_projected
+from ..tuner.temporary import evaluating
 from .batches import EditCollator
 from .checks import check_output_dir, check_same_edits, find_checkpoint, read_state
 from .exactness import Shortcuts, exact_shortcuts
@@ -122,24 +123,16 @@ class BreadthFirstTrainer(PublishingTrainer):
         """Choose the fastest way to compute the losses that is exact for this model."""
         model, collator = self.model, self.data_collator
         dtype = frozen_dtype(self.args, model)
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with self.compute_loss_context_manager():
-                cache = None
-                if self.args.prefix_cache:
-                    rows = self._preservation.pool.rows
-                    cache = build_prefix_cache(model, rows, self.args, collator.pad_token_id, dtype)
-                # Checkpointing runs a layer again later, when nothing is left out of it any more.
-                last_mlp = find_last_mlp(model) if not self.args.gradient_checkpointing else None
-                # NEFTune's noise depends on how long a row is.
-                possible = Shortcuts(not self.args.neftune_noise_alpha, cache, last_mlp)
-                shortcuts = exact_shortcuts(
-                    model, self.train_dataset, collator.pad_token_id, self._keeps_logits, possible
-                )
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with evaluating(model), self.compute_loss_context_manager():
+            cache = None
+            if self.args.prefix_cache:
+                rows = self._preservation.pool.rows
+                cache = build_prefix_cache(model, rows, self.args, collator.pad_token_id, dtype)
+            # Checkpointing runs a layer again later, when nothing is left out of it any more.
+            last_mlp = find_last_mlp(model) if not self.args.gradient_checkpointing else None
+            # NEFTune's noise depends on how long a row is.
+            possible = Shortcuts(not self.args.neftune_noise_alpha, cache, last_mlp)
+            shortcuts = exact_shortcuts(model, self.train_dataset, collator.pad_token_id, self._keeps_logits, possible)
         self._shortcuts, collator.packed, collator.cache = shortcuts, shortcuts.packed, shortcuts.cache
         collator.resting = self.resting.now if self.args.recheck_epochs else None
         collator.pool = self._preservation.pool

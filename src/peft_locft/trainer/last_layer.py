@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..tuner import layers_name
+from ..tuner.temporary import replaced_forwards
 
 
 def find_last_mlp(model: PeftModel) -> nn.Module | None:
@@ -37,17 +38,11 @@ def computed_only_at(mlp: nn.Module, wanted: torch.Tensor) -> Iterator[None]:
         wanted (`torch.Tensor`):
             Which positions are computed, a boolean of shape (rows, width).
     """
-    own, had_own = mlp.forward, "forward" in vars(mlp)  # accelerate's hooks put one there
+    own = mlp.forward
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         computed = own(hidden_states[wanted][None])[0]  # (wanted, hidden)
         return hidden_states.new_zeros(hidden_states.shape, dtype=computed.dtype).index_put((wanted,), computed)
 
-    mlp.forward = forward
-    try:
+    with replaced_forwards({mlp: forward}):
         yield
-    finally:
-        if had_own:
-            mlp.forward = own
-        else:
-            del mlp.forward

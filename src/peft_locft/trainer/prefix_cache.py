@@ -20,6 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..tuner import layer_index, layers_name
+from ..tuner.temporary import replaced_forwards
 from .batches import EditCollator
 from .config import EditConfig
 from .exactness import warn_off
@@ -115,18 +116,11 @@ class PrefixCache:
             return args, {**kwargs, "hidden_states": states.to(kwargs["hidden_states"].dtype)}
 
         handle = self.prefix.first.register_forward_pre_hook(put_in, with_kwargs=True)
-        own = [layer.__dict__.get("forward") for layer in self.prefix.below]  # accelerate's hooks put one there
-        for layer in self.prefix.below:
-            layer.forward = self._pass_on
         try:
-            yield
+            with replaced_forwards(dict.fromkeys(self.prefix.below, self._pass_on)):
+                yield
         finally:
             handle.remove()
-            for layer, forward in zip(self.prefix.below, own):
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
 
     def _pass_on(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
         outputs = self.store.outputs

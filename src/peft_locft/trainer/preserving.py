@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +161,15 @@ class _Samples:
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: EditConfig, folder: Path):
         self._model, self._tokenizer, self._args, self._path = model, tokenizer, args, folder / _SAMPLES_NAME
 
-    @property
+    @cached_property
     def questions(self) -> Sequence[str]:
         return self._own("preservation_prompts") or self._said("questions")
 
-    @property
+    @cached_property
     def texts(self) -> Sequence[str]:
         return self._own("preservation_texts") or self._said("texts")
 
-    @property
+    @cached_property
     def chat(self) -> str | None:
         return self._said("chat")
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 import torch
@@ -160,9 +161,21 @@ def prefix_key(model: PeftModel, first: nn.Module, dataset: Dataset) -> str:
         if above or value.requires_grad:
             continue
         digest.update(name.encode())
-        for piece in _value(base, name, value).detach().reshape(-1).split(_PIECE):
-            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+        update_with(digest, _value(base, name, value))
     return digest.hexdigest()
+
+
+def update_with(digest: Any, value: torch.Tensor) -> None:
+    """Add a tensor's bytes to a hash, in pieces, so that a large weight is not copied whole.
+
+    Args:
+        digest (`hashlib._Hash`):
+            The hash.
+        value (`torch.Tensor`):
+            The tensor.
+    """
+    for piece in value.detach().reshape(-1).split(_PIECE):
+        digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
 
 
 def _value(base: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:

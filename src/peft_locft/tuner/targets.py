@@ -46,7 +46,7 @@ DOWN_PROJECTIONS = (
     "feed_forward.experts.down_proj",  # Jamba
 )
 # LocFT-BF, section 4.2: the groups of modules that the paper's search goes through, beside single projections.
-_GROUPS = {
+GROUP_PATTERNS = {
     "layer": re.compile(""),
     "attention": re.compile(r"attn|attention", re.I),
     # Not behind "attention": JetMoE's attention has experts too.
@@ -215,7 +215,7 @@ def _find(
     weights = _of_tower(weights, tower, language)
     if not rest:
         return [_Found(w) for w in weights if w.kind != "embedding"]
-    if rest in _GROUPS:
+    if rest in GROUP_PATTERNS:
         return [_Found(w) for w in weights if _is_in_group(rest, w, layers_pattern)]
     named = [_Found(w) for w in weights if _is_end(rest, w.name)]
     return named or [*_named_experts(rest, weights, field)] or [_Found(w) for w in weights if _is_part(rest, w)]
@@ -235,7 +235,7 @@ def _is_in_group(group: str, weight: Weight, layers_pattern: str | list[str] | N
         return False
     part = in_layer(weight.name)
     # A router may be a module of its own, as JetMoE's `mlp.router.layer`.
-    return _ROUTERS.isdisjoint(part.split(".")) and bool(_GROUPS[group].search(part))
+    return _ROUTERS.isdisjoint(part.split(".")) and bool(GROUP_PATTERNS[group].search(part))
 
 
 def _named_experts(spec: str, weights: list[Weight], field: str) -> Iterator[_Found]:

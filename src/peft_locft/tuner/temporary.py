@@ -1,0 +1,46 @@
+"""Changes to a model that are taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context, a model is in evaluation mode. Afterwards, each module is in the mode it was in.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Within this context, modules compute something else.
+
+    Args:
+        forwards (`Mapping[torch.nn.Module, Callable]`):
+            By module, what stands in for its `forward`.
+    """
+    own = {module: vars(module).get("forward") for module in forwards}  # accelerate's hooks put one there
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward

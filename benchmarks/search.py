@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_locft import EditConfig, EditTrainer, LocFTConfig, load_edits
-from peft_locft.cli.search import _read_texts
+from peft_locft.cli.search import sampled_texts
 from peft_locft.evaluation.capability import perplexity
 from peft_locft.search import GROUPS, plot_search, search_locations
 
@@ -45,7 +45,7 @@ def main() -> None:
         layers=options.layers,
         groups=options.groups,
         sample=options.sample,
-        texts=_read_texts(options.texts, options.num_texts),
+        texts=sampled_texts(options.texts, options.num_texts),
         args=EditConfig(frozen_dtype="auto"),
         output_dir=folder,
     )
@@ -91,7 +91,7 @@ def run_one(options: argparse.Namespace) -> None:
     layer, module, rate = options.one
     model = AutoModelForCausalLM.from_pretrained(model_folder())
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    texts = _read_texts(options.texts, options.num_texts)
+    texts = sampled_texts(options.texts, options.num_texts)
     before = perplexity(model, tokenizer, texts)
     trainer = EditTrainer(
         model=model,

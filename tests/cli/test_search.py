@@ -6,7 +6,7 @@ import pytest
 from peft import PeftConfig
 
 from peft_locft import EditConfig, cli
-from peft_locft.cli.search import _read_texts
+from peft_locft.cli.search import sampled_texts
 from peft_locft.search import search_locations
 
 
@@ -40,7 +40,7 @@ def test_what_it_writes_and_says(search, model_folder, edits, tmp_path):
         edits,
         layers=[1, -1],
         groups=["up", "down"],
-        texts=_read_texts("texts.txt", 32),
+        texts=sampled_texts("texts.txt", 32),
         rungs=2,
         args=EditConfig(output_dir=str(tmp_path / "other"), num_train_epochs=4, disable_tqdm=True),
     )
@@ -66,8 +66,8 @@ def test_what_it_writes_and_says(search, model_folder, edits, tmp_path):
     [
         (["--layers", "9"], "layers [9] are not in the model"),
         (["--groups", "none"], "`groups` is ['none'], expected some of ['layer', 'attention', 'mlp', 'up', 'down']"),
-        (["--texts", "gone.txt"], "the file of texts gone.txt does not exist"),
-        (["--texts", "empty.txt"], "the file of texts empty.txt is empty, expected one text a line"),
+        (["--texts", "gone.txt"], "`--texts` is 'gone.txt', which cannot be read"),
+        (["--texts", "empty.txt"], "`--texts` is 'empty.txt', which is empty, expected at least one text"),
         (["--texts", "texts.txt", "--num_texts", "0"], "`--num_texts` is 0, expected at least 1"),
         (["--edits", "gone.jsonl"], "gone.jsonl does not exist"),
         (["--model", "/gone"], "the model folder /gone does not exist"),
@@ -87,5 +87,5 @@ def test_what_is_refused(options, message, search, tmp_path):
 def test_texts_are_spread_over_the_file(tmp_path):
     path = tmp_path / "many.txt"
     path.write_text("\n".join(f"text {number}" for number in range(10)))
-    assert _read_texts(str(path), 3) == ["text 0", "text 3", "text 6"]
-    assert len(_read_texts(str(path), 32)) == 10
+    assert sampled_texts(str(path), 3) == ["text 0", "text 3", "text 6"]
+    assert len(sampled_texts(str(path), 32)) == 10

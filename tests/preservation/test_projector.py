@@ -57,6 +57,20 @@ def test_statistics_are_the_mean_of_the_inputs_outer_products(make_model, tokeni
     assert torch.allclose(found[name], inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_layers_behind_the_last_watched_one_are_not_run(make_model, tokenizer):
+    model, ran = make_model(), []
+    before = logits(model, tokenizer, TEXTS[0])
+    layers = model.model.layers
+    assert len(layers) > 2
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(lambda module, args, output, index=index: ran.append(index))
+    names = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
+    input_statistics(model, tokenizer, TEXTS, names)
+    assert set(ran) == {0, 1}
+    assert torch.equal(logits(model, tokenizer, TEXTS[0]), before)  # which runs them all
+    assert set(ran) == set(range(len(layers)))
+
+
 def test_statistics_travel_through_a_file(statistics, tmp_path):
     statistics.save(tmp_path)
     again = InputStatistics.load(tmp_path)

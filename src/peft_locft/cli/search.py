@@ -14,6 +14,7 @@ from trl import TrlParser
 from ..edits import load_edits
 from ..search import GROUPS, SearchResults, plot_search, search_locations
 from ..trainer import EditConfig
+from ..trainer.preserving import read_texts
 
 
 _SHOWN = 10
@@ -36,7 +37,7 @@ class SearchArguments:
     sample: int = field(default=100, metadata={"help": "How many of the edits to search with."})
     texts: str | None = field(
         default=None,
-        metadata={"help": "A file of plain texts, one a line, whose perplexity is measured for capability."},
+        metadata={"help": "A file of plain texts, one a line or with empty lines between, for the perplexity."},
     )
     num_texts: int = field(
         default=8, metadata={"help": "How many of the texts to measure, spread evenly over the file."}
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> None:
         layers=options.layers,
         groups=options.groups,
         sample=options.sample,
-        texts=_read_texts(options.texts, options.num_texts) if options.texts is not None else None,
+        texts=sampled_texts(options.texts, options.num_texts) if options.texts is not None else None,
         rungs=options.rungs,
         args=config,
         output_dir=options.output,
@@ -99,15 +100,24 @@ def _passed_on(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _read_texts(path: str, count: int) -> list[str]:
+def sampled_texts(path: str, count: int) -> list[str]:
+    """Read some of the texts of a file, spread evenly over it.
+
+    Args:
+        path (`str`):
+            The file, as [`read_texts`] reads it.
+        count (`int`):
+            How many, at most.
+
+    Returns:
+        `list[str]`: The texts.
+
+    Raises:
+        `ValueError`: If there are none.
+    """
     if count < 1:
         raise ValueError(f"`--num_texts` is {count}, expected at least 1")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"the file of texts {path} does not exist")
-    texts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    texts = [text for text in texts if text]
-    if not texts:
-        raise ValueError(f"the file of texts {path} is empty, expected one text a line")
+    texts = read_texts(path, "--texts")
     count = min(count, len(texts))
     return [texts[number * len(texts) // count] for number in range(count)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits.tokens import encode_prompts
+from ..tuner import layer_index, layers_name
 from ..tuner.temporary import evaluating
 
 
@@ -140,6 +143,7 @@ def input_statistics(
         return add
 
     handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in modules]
+    handles += _stop_behind(model, modules)
     below = f"{model.base_model_prefix}."
     # The head is not asked if it is not watched: its logits would be most of the work.
     decoder = model.base_model if all(name.startswith(below) for name in modules) else model
@@ -148,12 +152,30 @@ def input_statistics(
             for begin in range(0, len(encoded), batch_size):
                 ids, attention = padded(encoded[begin : begin + batch_size], model.device)
                 mask = attention.bool().flatten()
-                decoder(input_ids=ids, attention_mask=attention, use_cache=False)
+                with suppress(_Enough):
+                    decoder(input_ids=ids, attention_mask=attention, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     tokens = sum(map(len, encoded))
     return InputStatistics({name: (moment / tokens).cpu() for name, moment in sums.items()}, tokens)
+
+
+class _Enough(Exception):
+    """All modules that are watched have been passed."""
+
+
+def _stop_behind(model: PreTrainedModel, modules: Sequence[str]) -> list[RemovableHandle]:
+    """Let the model stop behind the last layer that is watched, because the others would only take time."""
+    stacks = {layers_name(name) for name in modules}
+    if len(stacks) != 1 or None in stacks:
+        return []
+    layers, last = model.get_submodule(stacks.pop()), max(map(layer_index, modules))
+
+    def stop(layer: nn.Module, args: tuple) -> None:
+        raise _Enough
+
+    return [layer.register_forward_pre_hook(stop) for layer in layers[last + 1 : last + 2]]
 
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

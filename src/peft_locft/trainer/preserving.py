@@ -214,13 +214,13 @@ def fill_samples(args: EditConfig, model: PreTrainedModel, tokenizer: PreTrained
 
 
 def read_texts(path: str, field: str) -> list[str]:
-    """Read texts from a file: its lines, or, of ordinary text, what stands between empty lines if it has some.
+    """Read texts from a file: what stands between its empty lines, or its lines if it has none.
 
     Args:
         path (`str`):
             The file.
         field (`str`):
-            The field of [`EditConfig`] that names it, for the message.
+            The field or option that names it, for the message. Those of `"preservation_prompts"` are always lines.
 
     Returns:
         `list[str]`: The texts, at least one.
@@ -234,7 +234,7 @@ def read_texts(path: str, field: str) -> list[str]:
         raise ValueError(
             f"`{field}` is {path!r}, which cannot be read ({error}), expected a text file in UTF-8 with one text to a line"
         ) from error
-    has_paragraphs = field == "preservation_texts" and "\n\n" in content
+    has_paragraphs = field != "preservation_prompts" and "\n\n" in content
     parts = content.split("\n\n") if has_paragraphs else content.splitlines()
     texts = [text.strip() for text in parts if text.strip()]
     if not texts:

@@ -1,5 +1,7 @@
 """What the unedited model says, and how far an edited one has moved from it."""
 
+import re
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -74,6 +76,21 @@ def test_samples_are_those_of_the_seed_and_leave_the_model_as_it_was(make_model,
     assert texts == sample_texts(model, tokenizer, 3, 12, seed=5) != sample_texts(model, tokenizer, 3, 12, seed=6)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
+
+
+def test_texts_begin_with_words_of_the_vocabulary(make_model, tokenizer):
+    words = {tokenizer.decode([number]).strip() for number in range(len(tokenizer))}
+    beginnings = {word[:1].upper() + word[1:] for word in words} | words
+    texts = sample_texts(make_model(), tokenizer, 12, 1, seed=0)
+    for text, form in zip(texts, ["{}", "The {}", "{} is", "{} was", "In {}", "{} and"] * 2):
+        assert any(text.startswith(form.format(word)) for word in beginnings if len(word) > 2)
+    assert len({text.split()[0] for text in texts}) > 4
+
+
+def test_a_text_of_a_real_model_begins_with_a_whole_word(smollm):
+    texts = sample_texts(*smollm, 12, 1, seed=0)
+    assert len(set(texts)) == 12
+    assert all(re.match("(The |In )?[A-Za-z][a-z]{2,}", text) for text in texts)
 
 
 def test_questions_end_at_their_question_mark(smollm):

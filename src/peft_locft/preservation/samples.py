@@ -1,11 +1,13 @@
 """Text and questions to preserve a model on, said by the model itself, so that nothing has to be downloaded.
 
-That a model can be made to say what it was trained on, from its first tokens alone, is known from data-free distillation
-(LLM-QAT, arXiv 2305.17888, section 3.1) and from Magpie (arXiv 2406.08464), which has a chat model say its users' part.
+That a model can be made to say what it was trained on, from a random first token on, is known from data-free distillation
+(LLM-QAT, arXiv 2305.17888, section 3.1), and from Magpie (arXiv 2406.08464), which has a chat model say its users' part.
 """
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Sequence
 
 import torch
@@ -21,11 +23,10 @@ _OPENINGS = (
     *("Where", "Where was", "Where is the", "When", "When did", "When was the", "How", "How many", "How long"),
     *("Why", "Is", "Was", "Does", "Did", "The name of the", "In what year", "What kind of", "What does", "Can you"),
 )
-# What English sentences begin with.
-_BEGINNINGS = (
-    *("The", "In", "A", "It is", "When", "He", "She", "They", "This", "On the", "After", "There", "For", "As", "At"),
-    *("We", "One of", "Many", "During", "By", "I", "You can", "If", "To", "With", "From", "An", "His", "Her", "Some"),
-)
+# What texts begin with, around a random word of the vocabulary. From the same few beginnings, a chat model says much the
+# same; on texts of random words, perplexity stayed more than twice as near to the unedited model's (docs/log.md).
+_BEGINNINGS = ("{0}", "The {1}", "{0} is", "{0} was", "In {1}", "{0} and")
+_WORD = re.compile("[A-Za-z][a-z]{2,}")
 # What makes it likely that a question comes next, on any subject.
 _QUIZ = """A quiz, with one question to a line:
 Which river flows through Vienna?
@@ -64,7 +65,7 @@ def sample_questions(
 def sample_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int = 0
 ) -> list[str]:
-    """Let a model talk, from the first words of an English sentence on.
+    """Let a model talk, from random words of its vocabulary on.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -81,11 +82,29 @@ def sample_texts(
     Returns:
         `list[str]`: The texts.
     """
-    beginnings = [_BEGINNINGS[number % len(_BEGINNINGS)] for number in range(count)]
-    return [
-        f"{beginning}{text}"
-        for beginning, text in zip(beginnings, _sample(model, tokenizer, beginnings, length, seed))
+    words = _random_words(tokenizer, count, seed)
+    beginnings = [
+        _BEGINNINGS[number % len(_BEGINNINGS)].format(word[0].upper() + word[1:], word)
+        for number, word in enumerate(words)
     ]
+    said = _sample(model, tokenizer, beginnings, length, seed)
+    return [f"{beginning}{text}" for beginning, text in zip(beginnings, said)]
+
+
+def _random_words(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[str]:
+    """Return words, each of which is one token that begins with a space; the same ones again if there are few."""
+    numbers = list(range(len(tokenizer)))
+    random.Random(seed).shuffle(numbers)
+    words: list[str] = []
+    for number in numbers:
+        token = tokenizer.convert_ids_to_tokens(number) or ""
+        # As byte-level tokenizers write a space, and as SentencePiece does.
+        if token.startswith(("Ġ", "▁")) and _WORD.fullmatch(word := tokenizer.decode([number]).strip()):
+            words.append(word)
+        if len(words) == count:
+            break
+    words = words or ["world"]
+    return [words[number % len(words)] for number in range(count)]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from torch.nn import functional as F
 
 from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig
-from peft_locft.preservation import InputStatistics, anchors
+from peft_locft.preservation import InputStatistics, anchors, input_statistics
 from peft_locft.trainer.augmentation import chat_form, contexts_of, drawn_form, varied
 from peft_locft.trainer.preserving import read_texts
 from peft_locft.trainer.recipes import RECIPES, TERMS, careful_layers
@@ -133,6 +133,23 @@ def test_what_is_saved_behind_a_projector_is_the_adapter_that_was_trained(
     # The directions of ordinary text are hardly touched.
     statistics = InputStatistics.load(tmp_path / "run" / "preservation")
     assert all("down_proj" in name for name in statistics)
+
+
+def test_statistics_are_half_of_texts_and_half_of_questions_put_in_every_way(
+    make_trainer, make_model, tokenizer, tmp_path
+):
+    make_trainer(projector=0.3, num_train_epochs=1, **KEPT).train()
+    found = InputStatistics.load(tmp_path / "run" / "preservation")
+    name = "model.layers.1.mlp.down_proj"
+    asked = [f"Question: {question}\nAnswer:" for question in QUESTIONS] + [
+        *QUESTIONS,
+        "what is the capital of spain",
+        "who was the king of norway",
+        "where is cuba",
+    ]
+    texts, questions = (input_statistics(make_model(), tokenizer, some, [name]) for some in (TEXTS, asked))
+    assert torch.allclose(found[name], (texts[name] + questions[name]) / 2, rtol=1e-4, atol=1e-5)
+    assert found.tokens == texts.tokens + questions.tokens
 
 
 def test_given_statistics_are_used_and_given_ones_of_other_modules_refused(make_trainer, tmp_path):

@@ -55,8 +55,23 @@ def varied(prompts: Sequence[str], chat: str | None) -> list[str]:
     Returns:
         `list[str]`: As many prompts.
     """
-    ways = [str, lambda prompt: prompt.lower().rstrip("?. "), *_ways(chat)]
-    return [ways[number % len(ways)](prompt) for number, prompt in enumerate(prompts)]
+    forms = [every_way(prompt, chat) for prompt in prompts]
+    return [ways[number % len(ways)] for number, ways in enumerate(forms)]
+
+
+def every_way(prompt: str, chat: str | None) -> list[str]:
+    """Put a prompt in every way of [`varied`].
+
+    Args:
+        prompt (`str`):
+            The prompt.
+        chat (`str`, *optional*):
+            A turn of a chat, of [`chat_form`]; `None` where there are no chats.
+
+    Returns:
+        `list[str]`: Three or four prompts.
+    """
+    return [prompt, prompt.lower().rstrip("?. "), *(way(prompt) for way in _ways(chat))]
 
 
 def _ways(chat: str | None) -> list[Callable[[str], str]]:

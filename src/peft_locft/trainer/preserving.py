@@ -32,7 +32,7 @@ from ..preservation import (
     squared_norm,
     trained_deltas,
 )
-from .augmentation import chat_form, varied
+from .augmentation import chat_form, every_way, varied
 from .config import EditConfig
 from .pool import TrainingPool, make_forms
 
@@ -255,9 +255,13 @@ def _statistics(
     if (folder / STATISTICS_NAME).is_file():
         return InputStatistics.load(folder)  # an interrupted run computed them
     base = model.get_base_model()
+    names = [delta.name for delta in deltas]
+    asked = [form for question in samples.questions for form in every_way(question, samples.chat)]
     with model.disable_adapter():
-        # Questions too: what all of them have in common shall not be what an edit is told by.
-        texts = [*samples.texts, *samples.questions]
-        statistics = input_statistics(base, tokenizer, texts, [delta.name for delta in deltas])
+        parts = [input_statistics(base, tokenizer, some, names) for some in (samples.texts, asked) if some]
+    # Half of it questions: what all of them have in common shall not be what an edit is told by. As a part of the texts
+    # they would be lost, because they are short (docs/log.md).
+    moments = {name: sum(part[name] for part in parts) / len(parts) for name in names}
+    statistics = InputStatistics(moments, sum(part.tokens for part in parts))
     statistics.save(folder)
     return statistics

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig
 from peft_locft.preservation import InputStatistics, anchors, input_statistics
 from peft_locft.trainer.augmentation import chat_form, contexts_of, drawn_form, varied
+from peft_locft.trainer.data import tokenize_edits
+from peft_locft.trainer.pool import TrainingPool
 from peft_locft.trainer.preserving import read_texts
 from peft_locft.trainer.recipes import RECIPES, TERMS, careful_layers
 
@@ -107,6 +109,19 @@ def test_a_divergence_term_keeps_the_model_nearer_to_what_it_said(make_trainer):
         trainer.train()
         moved[weight] = [entry["divergence"] for entry in trainer.state.log_history if "divergence" in entry][-1]
     assert moved[3.0] < moved[1e-6] / 2
+
+
+def test_a_batch_is_held_to_as_many_as_it_has_edits_up_to_a_limit(edits, tokenizer):
+    bare = tokenize_edits(edits, tokenizer, None)
+    some = [anchors.Anchor([1, 2], 0, torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1))] * 50
+    pool = TrainingPool(bare, anchors=some)
+    rows = [bare[0]] * 40
+    for count, expected in ((3, 3), (40, 32)):
+        drawn = pool.drawn_anchors(rows[:count])
+        assert len(drawn) == len(set(drawn)) == expected
+        assert drawn == pool.drawn_anchors(rows[:count])
+    pool.epoch = 1
+    assert pool.drawn_anchors(rows) != drawn
 
 
 @pytest.mark.parametrize("peft_config", [LocFTConfig(layers=[1]), LoraConfig(r=4, target_modules=["down_proj"])])

@@ -18,6 +18,10 @@ from .augmentation import contexts_of, drawn_form
 from .data import FEATURES, IGNORED, tokenize_forms
 
 
+# With batches of a hundred edits, as many again would take most of a step's time. All settings of docs/log.md had 25.
+_MOST_ANCHORS = 32
+
+
 class TrainingPool:
     """The sequences, and which of them an epoch trains.
 
@@ -69,8 +73,8 @@ class TrainingPool:
         return {**self.rows[row], "row": row}
 
     def drawn_anchors(self, edits: Sequence[dict]) -> list[int]:
-        """Return which anchors a batch is held to: as many as it has edits, chosen by its edits and the epoch alone, so that a
-        run that is interrupted chooses the same again.
+        """Return which anchors a batch is held to: as many as it has edits, up to 32, chosen by its edits and the epoch alone, so
+        that a run that is interrupted chooses the same again.
 
         Args:
             edits (`Sequence[dict]`):
@@ -82,7 +86,7 @@ class TrainingPool:
         if not self.anchors:
             return []
         choice = random.Random(f"{self.seed} {self.epoch} {edits[0]['index']}")
-        return choice.sample(range(len(self.anchors)), min(len(edits), len(self.anchors)))
+        return choice.sample(range(len(self.anchors)), min(len(edits), _MOST_ANCHORS, len(self.anchors)))
 
     def anchor_row(self, anchor: int) -> dict:
         """Return an anchor as a row.

@@ -116,7 +116,7 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
     assert settings(both).learning_rate == pytest.approx(5e-4 * 14336 / 128)  # the wider of 128 and 64
     assert settings(LoraConfig(target_modules=["down_proj"])).learning_rate == 2e-3
     assert settings(down, learning_rate=0.5).learning_rate == 0.5
-    assert settings(down, recipe="careful").learning_rate == pytest.approx(2 * 5e-4 * 14336 / 128)
+    assert settings(down, recipe="careful").learning_rate == pytest.approx(4 * 5e-4 * 14336 / 128)
     assert settings(LoraConfig(target_modules=["down_proj"]), recipe="careful").learning_rate == 2e-3
     assert settings(down).per_device_train_batch_size == 2
     assert settings(down, per_device_train_batch_size=5).per_device_train_batch_size == 5

@@ -24,7 +24,7 @@ _OPENINGS = (
     *("Why", "Is", "Was", "Does", "Did", "The name of the", "In what year", "What kind of", "What does", "Can you"),
 )
 # What texts begin with, around a random word of the vocabulary. From the same few beginnings, a chat model says much the
-# same; on texts of random words, perplexity stayed more than twice as near to the unedited model's (docs/log.md).
+# same, and perplexity on other text rises more (docs/log.md).
 _BEGINNINGS = ("{0}", "The {1}", "{0} is", "{0} was", "In {1}", "{0} and")
 _WORD = re.compile("[A-Za-z][a-z]{2,}")
 # What makes it likely that a question comes next, on any subject.

@@ -19,6 +19,7 @@ from peft_locft.cli.search import sampled_texts
 from peft_locft.edits.tokens import encode_prompts
 from peft_locft.search.scoring import Scorer
 from peft_locft.trainer.preserving import fill_samples
+from peft_locft.tuner.temporary import evaluating
 
 
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -137,10 +138,9 @@ def load(name):
 @torch.no_grad()
 def next_tokens(model, tokenizer, prompts: list[str]) -> torch.Tensor:
     """The most probable token behind each prompt: whether it stays is the weaker form of locality that many papers score."""
-    model.eval()
-    lasts = [
-        model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits for ids in encode_prompts(tokenizer, prompts)
-    ]
+    encoded = encode_prompts(tokenizer, prompts)
+    with evaluating(model):
+        lasts = [model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits for ids in encoded]
     return torch.cat(lasts)[:, -1].argmax(-1)
 
 

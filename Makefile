@@ -13,7 +13,7 @@ demo: $(READY)  ## teach SmolLM2-135M the facts of examples/edits.jsonl, anew in
 	$(BIN)/python -m peft_locft.demo --edits examples/edits.jsonl --output demo_output
 
 test: $(READY) $(QUANTIZATION) lint  ## all that CI runs
-	# One thread each: several threads that share a core wait for each other.
+# One thread each: several threads that share a core wait for each other.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n logical --maxprocesses 4 --dist loadfile
 	$(BIN)/python tests/conformance/run.py
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

@@ -1,6 +1,7 @@
 """`locft trace`: what it writes and says, and what it refuses."""
 
 import json
+import sys
 
 import pytest
 
@@ -77,3 +78,11 @@ def test_what_is_refused(options, message, traced, tmp_path):
     code, out, err = traced(*options)
     assert code == 2 and message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_the_results_are_written(traced, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = traced()
+    assert code == 0, err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tracing.json"]
+    assert "There is no picture: pictures need matplotlib" in out and "tracing.json is in out." in out

@@ -180,7 +180,7 @@ def test_bfloat16_is_traced_with_the_shortcut(make_model, tokenizer):
         ({"batch_size": 0}, "`batch_size` is 0, expected at least 1"),
         ({"noise": 0.0}, "`noise` is 0.0, expected a standard deviation above 0"),
         ({"tokenizer": ByT5Tokenizer()}, "ByT5Tokenizer is not a fast tokenizer"),
-        ({"tokenizer": None}, "no tokenizer was found for LlamaForCausalLM, which was loaded from ''"),
+        ({"tokenizer": None}, "the model does not tell where its tokenizer is: pass the tokenizer as `tokenizer`"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -214,7 +214,7 @@ def test_an_adapted_model_is_refused(make_model, edits):
 def test_a_model_without_a_name_needs_its_tokenizer(make_model, edits):
     with pytest.raises(ValueError) as raised:
         search_locations(make_model(), edits)
-    assert str(raised.value) == "the model does not tell where its tokenizer is: pass it as `tokenizer`"
+    assert str(raised.value) == "the model does not tell where its tokenizer is: pass the tokenizer as `tokenizer`"
 
 
 def test_the_overall_score_is_the_mean_of_what_there_is():

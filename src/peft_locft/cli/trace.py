@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,9 +75,11 @@ def main(arguments: list[str]) -> None:
     )
     results.save(options.output)
     written = [TRACING_NAME]
-    if importlib.util.find_spec("matplotlib") is not None:
+    try:
         plot_tracing(results, Path(options.output) / PICTURE_NAME)
         written.append(PICTURE_NAME)
+    except ImportError as error:
+        print(f"There is no picture: {error}")
     _print(results, f"{' and '.join(written)} {'are' if len(written) > 1 else 'is'} in {options.output}.")
 
 

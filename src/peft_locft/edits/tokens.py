@@ -5,7 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(model: PreTrainedModel, argument: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a loaded model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        argument (`str`, *optional*, defaults to `"tokenizer"`):
+            The caller's argument that takes a tokenizer, for the message.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]: The tokenizer at the model's name.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not name:
+        raise ValueError(f"the model does not tell where its tokenizer is: pass the tokenizer as `{argument}`")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer was found at the model's name, {name!r}: pass the tokenizer as `{argument}` ({error})"
+        ) from error
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ..plotting import new_figure
 from .questions import METRICS
 from .results import EditResults
 
@@ -25,11 +26,7 @@ def plot_results(results: EditResults, path: str | os.PathLike, stop_loss: float
     Raises:
         `ImportError`: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: run `pip install peft-locft[plots]`") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(figsize=(10, 4))
     scores = figure.add_subplot(1, 2, 2) if results.epoch_losses else figure.add_subplot()
     if results.epoch_losses:
         loss = figure.add_subplot(1, 2, 1)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import Edit
-from ..edits.tokens import encode_answers
+from ..edits.tokens import encode_answers, load_tokenizer
 from ..tuner.temporary import evaluating
 from .facts import ROLES, Fact, read_fact, roles_of
 from .sites import base_of
@@ -113,7 +113,7 @@ def trace(
         `ValueError`: If the subject does not occur in the prompt, the answer has no token, the tokenizer is missing or
             not fast, a number is out of range, or the model's layers are not found.
     """
-    tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+    tokenizer = load_tokenizer(base_of(model)) if tokenizer is None else tokenizer
     tracer = _tracer(model, noise, copies, window, batch_size, seed)
     fact = read_fact(tokenizer, prompt, subject)
     wanted = None
@@ -282,15 +282,3 @@ def _tracer(
 def _first_token(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> int | None:
     ((_, tokens),) = encode_answers(tokenizer, [prompt], [answer.strip()])
     return tokens[0] if answer.strip() and tokens else None
-
-
-def _tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
-    base = base_of(model)
-    name = getattr(getattr(base, "config", None), "_name_or_path", "")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer was found for {type(base).__name__}, which was loaded from {name!r}: give it as `tokenizer` "
-            f"({error})"
-        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ..plotting import new_figure
 from .facts import ROLES
 from .tracing_results import TracingResults
 
@@ -23,17 +24,13 @@ def plot_tracing(results: TracingResults, path: str | os.PathLike) -> None:
     Raises:
         `ImportError`: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: run `pip install peft-locft[plots]`") from error
     window = results.settings["window"]
     titles = {
         "states": "One restored state",
         "mlp": f"Restored MLPs, window of {window}",
         "attention": f"Restored attentions, window of {window}",
     }
-    figure = Figure(figsize=(5.2 * len(results.effects), 3.2), layout="constrained")
+    figure = new_figure(figsize=(5.2 * len(results.effects), 3.2))
     axes = figure.subplots(1, len(results.effects), sharey=True, squeeze=False)[0]
     for axis, (kind, values) in zip(axes, results.effects.items()):
         image = axis.imshow(values.numpy(), cmap=_COLOURS[kind], vmin=0, aspect="auto", interpolation="nearest")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ..plotting import new_figure
 from .places import GROUPS
 from .results import SearchResults
 
@@ -21,16 +22,13 @@ def plot_search(results: SearchResults, path: str | os.PathLike) -> None:
     Raises:
         `ImportError`: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: run `pip install peft-locft[plots]`") from error
     ranked, names = results.ranked(), results.score_names()
     layers = sorted({row.layer for row in ranked})
     groups = [group for group in GROUPS if any(row.group == group for row in ranked)]
     width = max(0.3 * len(layers) + 2.5, 5.5)
-    figure = Figure(figsize=(width, len(names) * (0.3 * len(groups) + 0.8) + 0.4), layout="constrained")
+    figure = new_figure(figsize=(width, len(names) * (0.3 * len(groups) + 0.8) + 0.4))
+    from matplotlib.patches import Rectangle  # installed, if a figure could be made
+
     for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names):
         values = [[float("nan")] * len(layers) for _ in groups]
         for row in ranked:

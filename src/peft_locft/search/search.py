@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet, load_edits
+from ..edits.tokens import load_tokenizer
 from ..trainer import EditConfig
 from ..trainer.preserving import fill_samples
 from ..trainer.setup import check_decoder, load_model
@@ -114,7 +115,7 @@ def search_locations(
     if isinstance(model, str):
         model, tokenizer = load_model(model, args, tokenizer)
     check_decoder(model)
-    tokenizer = tokenizer or _own_tokenizer(model)
+    tokenizer = tokenizer or load_tokenizer(model)
     places = find_places(model, layers, groups)
     edits = EditSet([edits[i] for i in random.Random(args.seed).sample(range(len(edits)), min(sample, len(edits)))])
     plan = plan_rungs(len(places), len(edits), math.ceil(args.num_train_epochs), rungs)
@@ -160,13 +161,6 @@ def _check(model: Any, args: EditConfig, sample: int, rungs: int) -> None:
         raise ValueError(
             "`offload_prefix` is True: a search trains in all layers, so none can stay outside the device. Leave it out"
         )
-
-
-def _own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    name = model.config.name_or_path
-    if not name:
-        raise ValueError("the model does not tell where its tokenizer is: pass it as `tokenizer`")
-    return AutoTokenizer.from_pretrained(name)
 
 
 @contextmanager

@@ -79,19 +79,6 @@ def load_model(
     return AutoModelForCausalLM.from_pretrained(name, **kwargs), tokenizer
 
 
-def load_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a loaded model."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not name:
-        raise ValueError("the model does not tell where its tokenizer is: pass the tokenizer as `processing_class`")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer was found at the model's name, {name!r}: pass the tokenizer as `processing_class`"
-        ) from error
-
-
 def check_decoder(model: nn.Module) -> None:
     """Refuse a model that does not continue text."""
     config = getattr(model, "config", None)

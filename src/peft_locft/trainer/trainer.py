@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ..edits import EditSet, load_edits
+from ..edits.tokens import load_tokenizer
 from ..evaluation import METRICS, Answer, EditResults, evaluate_edits
 from ..tuner import LocFTConfig, check_tokenizer
 from .batches import EditCollator
@@ -40,7 +41,6 @@ from .setup import (
     check_decoder,
     load_eval_edits,
     load_model,
-    load_tokenizer,
     max_length,
 )
 
@@ -128,7 +128,7 @@ class EditTrainer(BreadthFirstTrainer):
         if isinstance(model, str):
             model, processing_class = load_model(model, args, processing_class, peft_config)
         elif processing_class is None:
-            processing_class = load_tokenizer(model)
+            processing_class = load_tokenizer(model, "processing_class")
         base_model = model.get_base_model() if isinstance(model, PeftModel) else model
         check_decoder(base_model)
         self._max_length = max_length(args, base_model, processing_class)

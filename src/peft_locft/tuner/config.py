@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..edits import EditSet, write_atomically
+from .config_checks import as_layers, check_names, check_patterns, check_ranks, cut
 
 
 # What stands beside the weights in an adapter's repository, and has to travel with them.
 COMPANION_FILES = ("edits.jsonl", "edit_results.json", "README.md")
-_MOST_LAYERS = 10_000  # more than any model has: a longer list is a faulty or hostile config
-_MOST_PATTERNS = 100
-_MOST_NAMES = 50_000  # every expert of a large mixture by its own name
-_NAME = re.compile(r"[\w.-]{1,500}")
 _TYPES = {
     "init_weights": (bool, "True or False"),
     "strict": (bool, "True or False"),
@@ -57,8 +53,8 @@ class LocFTConfig(PeftConfig):
 
             In a model of several towers the text model is meant, unless an entry begins with the name of another one:
             `"vision_tower.mlp.fc1"`. A string is a regular expression that matches the whole name (in another tower,
-            only if it contains that one's name), or `"all-linear"`, and goes without `layers`. Defaults to the down projection of the MLP, the place that disturbs a model
-            least (section 4.2 of the paper).
+            only if it contains that one's name), or `"all-linear"`, and goes without `layers`. Defaults to the down
+            projection of the MLP, the place that disturbs a model least (section 4.2 of the paper).
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out, in the same notation.
         init_weights (`bool`, *optional*, defaults to `True`):
@@ -127,25 +123,25 @@ class LocFTConfig(PeftConfig):
             is_missing = value is None and kind is not bool
             # The length, because PEFT's own message would repeat a task type of any length.
             if not is_missing and (not isinstance(value, kind) or len(str(value)) > 4096):
-                raise ValueError(f"`{name}` is {_cut(value)}, expected {expected}")
+                raise ValueError(f"`{name}` is {cut(value)}, expected {expected}")
         super().__post_init__()
         self.peft_type = PeftType.LOCFT
         for name in ("target_modules", "exclude_modules"):
             modules = getattr(self, name)
             if isinstance(modules, (list, tuple, set)):
-                _check_names(modules, name)
+                check_names(modules, name)
                 setattr(self, name, set(modules))
             elif modules is not None and not isinstance(modules, str):
-                raise ValueError(f"`{name}` is {_cut(modules)}, expected a list of names or a regular expression")
+                raise ValueError(f"`{name}` is {cut(modules)}, expected a list of names or a regular expression")
         if self.modules_to_save is not None:
-            _check_names(self.modules_to_save, "modules_to_save")
-        _check_ranks(self.rank_pattern)
-        _check_patterns(self.layers_pattern)
-        layers = _as_layers(self.layers, "layers")
-        to_transform = _as_layers(self.layers_to_transform, "layers_to_transform")
+            check_names(self.modules_to_save, "modules_to_save")
+        check_ranks(self.rank_pattern)
+        check_patterns(self.layers_pattern)
+        layers = as_layers(self.layers, "layers")
+        to_transform = as_layers(self.layers_to_transform, "layers_to_transform")
         if layers is not None and to_transform is not None and layers != to_transform:
             raise ValueError(
-                f"`layers` is {_cut(layers)} and `layers_to_transform` is {_cut(to_transform)}: they mean the same, give "
+                f"`layers` is {cut(layers)} and `layers_to_transform` is {cut(to_transform)}: they mean the same, give "
                 "one of them"
             )
         self.layers = layers if layers is not None else to_transform
@@ -153,9 +149,9 @@ class LocFTConfig(PeftConfig):
             self.layers_to_transform = self.layers  # PEFT keeps a single integer as it is
         if self.layers is not None and isinstance(self.target_modules, str):
             raise ValueError(
-                f"`layers` is {_cut(self.layers)} and `target_modules` is the string {_cut(self.target_modules)}, which is "
+                f"`layers` is {cut(self.layers)} and `target_modules` is the string {cut(self.target_modules)}, which is "
                 "a regular expression over whole names, in which PEFT takes no layers: give a list, as in "
-                f"`target_modules=[{_cut(self.target_modules)}]`, or put the layers into the expression"
+                f"`target_modules=[{cut(self.target_modules)}]`, or put the layers into the expression"
             )
         if self.layers_pattern and self.layers is None:
             raise ValueError("When `layers_pattern` is specified, `layers` must also be specified.")
@@ -361,37 +357,6 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _check_names(names: Any, field_name: str) -> None:
-    # Whole names, and what PEFT would take for a regular expression: in `modules_to_save` it does not say so.
-    faulty = not isinstance(names, (list, tuple, set)) or any(
-        not isinstance(name, str) or not _NAME.fullmatch(name) for name in names
-    )
-    if faulty:
-        raise ValueError(
-            f"`{field_name}` is {str(names)[:200]}, expected a list of the names of modules, such as "
-            "['mlp.down_proj']: a name is made of letters, digits, `_`, `-` and dots"
-        )
-    if len(names) > _MOST_NAMES:
-        raise ValueError(f"`{field_name}` has {len(names)} entries, expected at most {_MOST_NAMES}")
-
-
-def _check_patterns(patterns: Any) -> None:
-    names = [patterns] if isinstance(patterns, str) else patterns or []
-    if isinstance(names, (list, tuple, set)) and len(names) <= _MOST_PATTERNS:
-        if all(isinstance(name, str) and len(name) <= 500 for name in names):
-            return
-    raise ValueError(
-        f"`layers_pattern` is {_cut(patterns)}, expected the name of the list of layers, such as 'layers', or a list of "
-        f"at most {_MOST_PATTERNS} names"
-    )
-
-
-def _cut(value: Any) -> str:
-    """A value for a message: one from the Hub may be of any length."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def _has_only_pickle(repo: str, subfolder: str | None, kwargs: dict[str, Any]) -> bool:
     pickled, safe = (f"{subfolder}/{name}" if subfolder else name for name in (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME))
     try:
@@ -410,24 +375,3 @@ def _refuse_pickle(source: str) -> None:
         f"{source} has its weights in {WEIGHTS_NAME}, which is a pickle and can hold code, expected "
         f"{SAFETENSORS_WEIGHTS_NAME}: ask its author for that file, or convert it with safetensors where you trust it"
     )
-
-
-def _check_ranks(ranks: Any) -> None:
-    too_many = isinstance(ranks, dict) and len(ranks) > _MOST_NAMES
-    if not isinstance(ranks, dict) or too_many or any(type(rank) is not int or rank < 1 for rank in ranks.values()):
-        raise ValueError(f"`rank_pattern` is {str(ranks)[:200]}, expected a positive rank by the name of each module")
-
-
-def _as_layers(value: Any, name: str) -> list[int] | None:
-    if value is None:
-        return None
-    layers = (
-        [value] if isinstance(value, int) else list(value) if isinstance(value, (list, tuple, set, range)) else value
-    )
-    if not isinstance(layers, list) or not layers or any(type(layer) is not int for layer in layers):
-        raise ValueError(
-            f"`{name}` is {repr(value)[:200]}, expected an integer or a list of integers, such as [22] or [-3]"
-        )
-    if len(layers) > _MOST_LAYERS:
-        raise ValueError(f"`{name}` has {len(layers)} entries, expected at most {_MOST_LAYERS}")
-    return layers

@@ -28,7 +28,19 @@ def test_the_public_api_is_the_explicit_list_and_all_of_it_is_documented():
 
 
 def test_imports_point_one_way():
-    order = ["edits", "tuner", "location", "evaluation", "preservation", "hub", "trainer", "search", "planning", "cli"]
+    order = [
+        "plotting",
+        "edits",
+        "tuner",
+        "location",
+        "evaluation",
+        "preservation",
+        "hub",
+        "trainer",
+        "search",
+        "planning",
+        "cli",
+    ]
     for path in (ROOT / "src/peft_locft").rglob("*.py"):
         folder = path.parent.name
         if folder not in order:

@@ -83,7 +83,7 @@ def test_version(command):
     "verb, options",
     [
         ("edit", ["--model", "--edits", "--output", "--layers", "--target_modules", "--on_conflict", "--skip_loss"]),
-        ("evaluate", ["--adapter", "--model", "--edits", "--output", "--batch_size"]),
+        ("evaluate", ["--adapter", "--model", "--edits", "--output", "--contexts", "--batch_size"]),
         ("ask", ["--adapter", "--model", "--max_new_tokens"]),
     ],
 )
@@ -200,6 +200,15 @@ def test_evaluate_scores_again_and_keeps_what_is_known_of_the_run(command, edite
     assert ours["times"].pop("train") == theirs["times"].pop("train")
     assert {**ours, "times": None} == {**theirs, "times": None}
     assert ours["epoch_losses"] and ours["settings"]
+
+
+def test_evaluate_in_several_contexts(command, edited):
+    done = command("evaluate", "--adapter", edited.folder, "--contexts", "bare", "question", "--output", "scores")
+    assert done.code == 0, done.err
+    assert "After, by context" in done.out
+    done = command("evaluate", "--adapter", edited.folder, "--contexts", "bare", "quiz")
+    assert done.code == 2
+    assert "the contexts are ['bare', 'quiz'], expected some of 'bare', 'question', 'chat', 'prefix'" in done.err
 
 
 def test_evaluate_on_other_edits_leaves_the_adapter_alone(command, edited, tmp_path):

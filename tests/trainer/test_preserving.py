@@ -8,8 +8,9 @@ from peft import LoraConfig, PeftModel
 from torch.nn import functional as F
 
 from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig
+from peft_locft.edits.contexts import chat_form
 from peft_locft.preservation import InputStatistics, anchors, input_statistics
-from peft_locft.trainer.augmentation import chat_form, contexts_of, drawn_form, varied
+from peft_locft.trainer.augmentation import contexts_of, drawn_form, varied
 from peft_locft.trainer.data import tokenize_edits
 from peft_locft.trainer.pool import TrainingPool
 from peft_locft.trainer.preserving import read_texts

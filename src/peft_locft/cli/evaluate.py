@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download
 from trl import TrlParser
 
 from ..edits import LEDGER_NAME, EditSet, load_edits
+from ..edits.contexts import CONTEXTS, check_contexts
 from ..evaluation import RESULTS_NAME, evaluate_edits
 from ..hub import load_adapter
 from .tables import print_results
@@ -30,6 +31,10 @@ class EvaluateArguments:
             "help": "The folder to write the results to. Default: the adapter's, if it is scored on its ledger."
         },
     )
+    contexts: list[str] = field(
+        default_factory=lambda: list(CONTEXTS[:1]),
+        metadata={"help": "The contexts to ask the questions in: bare, question, chat, prefix."},
+    )
     batch_size: int = field(default=32, metadata={"help": "How many questions to ask at once."})
 
 
@@ -41,9 +46,10 @@ def main(arguments: list[str]) -> None:
             The options.
     """
     (options,) = TrlParser(EvaluateArguments, prog="locft evaluate").parse_args_and_config(arguments)
+    check_contexts(options.contexts)  # before the model is loaded
     edits = load_edits(options.edits) if options.edits else ledger_of(options.adapter)
     model, tokenizer = load_adapter(options.adapter, options.model)
-    results = evaluate_edits(model, tokenizer, edits, batch_size=options.batch_size)
+    results = evaluate_edits(model, tokenizer, edits, contexts=options.contexts, batch_size=options.batch_size)
     print_results(results)
     output = options.output
     if output is None and options.edits is None and Path(options.adapter).is_dir():

@@ -22,7 +22,11 @@ def print_results(results: EditResults, most_edits: int = 8) -> None:
             How many edits to show.
     """
     console = Console()
-    shown = islice((row for row in results.rows if row["metric"] == "reliability"), most_edits)
+    contexts = results.by_context()
+    first = next(iter(contexts), None)
+    shown = islice(
+        (row for row in results.rows if row["metric"] == "reliability" and row["context"] == first), most_edits
+    )
     answers = Table(title="Some of the edits", title_justify="left")
     for name in ("prompt", "before", "after", "expected"):
         answers.add_column(name, overflow="fold")
@@ -45,6 +49,16 @@ def print_results(results: EditResults, most_edits: int = 8) -> None:
         if after[metric] is not None:
             scores.add_row(metric, f"{before[metric]:.2f}", Text(f"{after[metric]:.2f}", "bold"), str(counts[metric]))
     console.print(scores)
+    if len(contexts) < 2:
+        return
+    separate = Table(title="After, by context", title_justify="left")
+    separate.add_column("context")
+    named = [metric for metric in METRICS if after[metric] is not None]
+    for metric in named:
+        separate.add_column(metric, justify="right")
+    for context, found in contexts.items():
+        separate.add_row(context, *(f"{found['after'][metric]:.2f}" for metric in named))
+    console.print(separate)
 
 
 def shown_answer(text: str, style: str = "") -> Text:

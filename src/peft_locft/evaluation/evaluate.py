@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..edits import EditSet
+from ..edits.contexts import CONTEXTS, check_contexts
 from .questions import Answer, Question, ask, drafts_of, questions_of
 from .results import EditResults
 
@@ -22,6 +23,7 @@ def evaluate_edits(
     tokenizer: PreTrainedTokenizerBase,
     edits: EditSet,
     *,
+    contexts: Sequence[str] = CONTEXTS[:1],
     batch_size: int = 32,
     before: Sequence[Answer] | None = None,
     show_progress: bool = True,
@@ -40,16 +42,24 @@ def evaluate_edits(
             Its tokenizer.
         edits ([`EditSet`]):
             The edits.
+        contexts (`Sequence[str]`, *optional*, defaults to `("bare",)`):
+            The contexts in each of which every question is asked: `"bare"`, as it is; `"question"`, behind `Question:`
+            and before `Answer:`; `"chat"`, as a turn of a chat; `"prefix"`, behind a sentence that has nothing to do
+            with it.
         batch_size (`int`, *optional*, defaults to `32`):
             How many questions to ask at once.
         before (`Sequence[Answer]`, *optional*):
-            The unedited model's answers to the questions of `edits`, if they are known already.
+            The unedited model's answers to the questions of `edits` in these contexts, if they are known already.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars.
 
     Returns:
         [`EditResults`]: The scores and every answer.
+
+    Raises:
+        `ValueError`: If a context is not known, or the tokenizer has no chat template for `"chat"`.
     """
+    check_contexts(contexts, tokenizer)
     parts = range(0, len(edits), _EDITS_AT_ONCE)
     times = {"evaluate_before": 0.0, "evaluate_after": 0.0}
 
@@ -60,7 +70,7 @@ def evaluate_edits(
     def answered() -> Iterator[tuple[Question, Answer, Answer]]:
         asked = 0
         for part, first in enumerate(parts, 1):
-            questions = questions_of(edits[first : first + _EDITS_AT_ONCE])
+            questions = questions_of(edits[first : first + _EDITS_AT_ONCE], contexts, tokenizer)
             start = time.perf_counter()
             if before is None:
                 # Without drafts: the unedited model hardly ever answers with the target.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet
+from ..edits.contexts import CONTEXTS, chat_form, in_context
 from ..edits.tokens import encode_answers
 from .generation import decode_answer, generate_greedy
 
@@ -32,12 +33,15 @@ class Question:
             What is asked.
         answer (`str`, *optional*):
             The answer that counts as right; a locality question may have none.
+        context (`str`, *optional*, defaults to `"bare"`):
+            The context that the prompt stands in, one of `CONTEXTS`.
     """
 
     edit_id: str
     metric: str
     prompt: str
     answer: str | None
+    context: str = "bare"
 
 
 @dataclass(frozen=True)
@@ -55,23 +59,34 @@ class Answer:
     tokens: tuple[int, ...]
 
 
-def questions_of(edits: EditSet) -> list[Question]:
+def questions_of(
+    edits: EditSet, contexts: Sequence[str] = CONTEXTS[:1], tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Question]:
     """Return all questions of the edits: each prompt, and each rephrase, locality and portability probe.
 
     Args:
         edits ([`EditSet`]):
             The edits.
+        contexts (`Sequence[str]`, *optional*, defaults to `("bare",)`):
+            The contexts, of `CONTEXTS`, in each of which every one is asked.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer, for the context `"chat"`.
 
     Returns:
         `list[Question]`: The questions, in the order of the edits.
     """
+    chat = chat_form(tokenizer) if "chat" in contexts else None
     questions = []
     for edit in edits:
         questions.append(Question(edit.id, "reliability", edit.prompt, edit.target))
         questions += [Question(edit.id, "generalization", prompt, edit.target) for prompt in edit.rephrases]
         questions += [Question(edit.id, "locality", probe.prompt, probe.answer) for probe in edit.locality]
         questions += [Question(edit.id, "portability", probe.prompt, probe.answer) for probe in edit.portability]
-    return questions
+    return [
+        replace(question, prompt=in_context(question.prompt, context, chat), context=context)
+        for question in questions
+        for context in contexts
+    ]
 
 
 def ask(

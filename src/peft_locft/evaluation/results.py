@@ -14,6 +14,7 @@ from datasets import Dataset, Features, List, Value
 from pyarrow import compute, parquet
 
 from ..edits import write_atomically
+from ..edits.contexts import CONTEXTS
 from ..edits.rows import RowSequence, write_rows
 from .questions import METRICS, Answer, Question, is_correct
 
@@ -24,6 +25,7 @@ ROW_FEATURES = Features(
     {
         "edit_id": Value("string"),
         "metric": Value("string"),
+        "context": Value("string"),
         "prompt": Value("string"),
         "answer": Value("string"),
         "before": Value("string"),
@@ -49,8 +51,8 @@ class EditResults:
 
     Args:
         rows (`Sequence[dict]`):
-            One row a question: `edit_id`, `metric`, `prompt`, `answer` (the expected one; for locality, what is known
-            of it), the model's answers `before` and `after`, and whether each is right, `correct_before` and
+            One row a question: `edit_id`, `metric`, `context`, `prompt` (as it was asked), `answer` (the expected one;
+            for locality, what is known of it), the model's answers `before` and `after`, and whether each is right, `correct_before` and
             `correct_after`.
         settings (`dict`, *optional*):
             How the adapter was trained.
@@ -70,7 +72,9 @@ class EditResults:
 
     def __post_init__(self):
         if not isinstance(self.rows, RowSequence):
-            self.rows = RowSequence.of(write_rows(self.rows, ROW_FEATURES))
+            # Tables that were written before there were contexts have none.
+            rows = ({"context": CONTEXTS[0], **row} for row in self.rows)
+            self.rows = RowSequence.of(write_rows(rows, ROW_FEATURES))
 
     @classmethod
     def from_answers(
@@ -106,6 +110,7 @@ class EditResults:
             {
                 "edit_id": question.edit_id,
                 "metric": question.metric,
+                "context": question.context,
                 "prompt": question.prompt,
                 "answer": question.answer,
                 "before": old.text,
@@ -132,9 +137,28 @@ class EditResults:
         """The scores of the edited model, as fractions by metric (`dict[str, float | None]`)."""
         return self._rates("correct_after")
 
-    def _rates(self, column: str) -> dict[str, float | None]:
+    def by_context(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """Return the scores in each context that the questions were asked in.
+
+        Returns:
+            `dict[str, dict[str, dict[str, float | None]]]`: By context, `before` and `after`, as fractions by metric.
+        """
+        asked = compute.unique(self._table()["context"]).to_pylist()
+        return {
+            context: {
+                "before": self._rates("correct_before", context),
+                "after": self._rates("correct_after", context),
+            }
+            for context in CONTEXTS
+            if context in asked
+        }
+
+    def _rates(self, column: str, context: str | None = None) -> dict[str, float | None]:
         # By Arrow: the scores are asked for often, and there may be a million rows.
-        means = self._table().group_by("metric").aggregate([(column, "mean")])
+        table = self._table()
+        if context is not None:
+            table = table.filter(compute.field("context") == context)
+        means = table.group_by("metric").aggregate([(column, "mean")])
         found = dict(zip(means["metric"].to_pylist(), means[f"{column}_mean"].to_pylist()))
         return {metric: found.get(metric) for metric in METRICS}
 
@@ -150,7 +174,7 @@ class EditResults:
         return self.rows.to_dataset()
 
     def to_json(self) -> str:
-        """Return the summary as JSON: `before` and `after`, settings, times and epoch losses.
+        """Return the summary as JSON: `before` and `after`, in all and by context, settings, times and epoch losses.
 
         Returns:
             `str`: The text of `edit_results.json`.
@@ -158,6 +182,7 @@ class EditResults:
         summary = {
             "before": self.before,
             "after": self.after,
+            "contexts": self.by_context(),
             "edits": compute.count_distinct(self._table()["edit_id"]).as_py(),
             "questions": len(self.rows),
             "settings": self.settings,
@@ -199,5 +224,4 @@ def load_results(folder: str | os.PathLike) -> EditResults:
         raise FileNotFoundError(f"{folder} has no {missing[0]}: it holds no results of an evaluation")
     summary = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
     with (folder / _TABLE_NAME).open(encoding="utf-8") as file:
-        rows = RowSequence.of(write_rows(map(json.loads, file), ROW_FEATURES))
-    return EditResults(rows, summary["settings"], summary["times"], summary["epoch_losses"])
+        return EditResults(map(json.loads, file), summary["settings"], summary["times"], summary["epoch_losses"])

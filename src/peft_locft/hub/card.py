@@ -119,6 +119,22 @@ def _scores(results: EditResults | None) -> str:
     return (
         "| score | share of | before | after |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n\nScored by free, "
         "greedy generation: an answer is right when the text up to the end token is the expected one and nothing else."
+        + _scores_by_context(results)
+    )
+
+
+def _scores_by_context(results: EditResults) -> str:
+    contexts = results.by_context()
+    if len(contexts) < 2:
+        return ""
+    shown = [metric for metric in METRICS if results.after[metric] is not None]
+    rows = [
+        f"| {context} | " + " | ".join(f"{scores['after'][metric]:.3f}" for metric in shown) + " |"
+        for context, scores in contexts.items()
+    ]
+    return (
+        "\n\nEvery question was asked in several contexts, of which these are the scores after:\n\n"
+        f"| context | {' | '.join(shown)} |\n| --- |{' --- |' * len(shown)}\n" + "\n".join(rows)
     )
 
 
@@ -129,7 +145,7 @@ def _examples(edits: EditSet, results: EditResults | None) -> str:
         if len(before) == len(shown):
             break
         if row["metric"] == "reliability" and any(row["edit_id"] == edit.id for edit in shown):
-            before[row["edit_id"]] = row["before"]
+            before.setdefault(row["edit_id"], row["before"])
     rows = [f"| {_cell(edit.prompt)} | {_cell(before.get(edit.id, ''))} | {_cell(edit.target)} |" for edit in shown]
     rest = len(edits) - len(rows)
     return (

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Sequence
 
 from ..edits import Edit
+from ..edits.contexts import in_context
 
 
-_QUESTION_ANSWER = "Question: {}\nAnswer:"
 _PREFIX_WORDS = (2, 10)
-_PLACE = "{the prompt}"
 
 
 def contexts_of(edit: Edit, count: int, prefixes: Sequence[str], chat: str | None, seed: int) -> list[str]:
@@ -34,7 +31,7 @@ def contexts_of(edit: Edit, count: int, prefixes: Sequence[str], chat: str | Non
     Returns:
         `list[str]`: `count` prompts.
     """
-    forms = [way(edit.prompt) for way in _ways(chat)]
+    forms = _asked(edit.prompt, chat)
     choice = random.Random(f"{seed} {edit.id}")
     while len(forms) < count:
         words = choice.choice(prefixes).split()[: choice.randint(*_PREFIX_WORDS)]
@@ -71,31 +68,12 @@ def every_way(prompt: str, chat: str | None) -> list[str]:
     Returns:
         `list[str]`: Three or four prompts.
     """
-    return [prompt, prompt.lower().rstrip("?. "), *(way(prompt) for way in _ways(chat))]
+    return [prompt, prompt.lower().rstrip("?. "), *_asked(prompt, chat)]
 
 
-def _ways(chat: str | None) -> list[Callable[[str], str]]:
-    question = _QUESTION_ANSWER.format
-    return [question] if chat is None else [question, lambda prompt: chat.replace(_PLACE, prompt)]
-
-
-def chat_form(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return how a turn of a chat is written, with a mark where the prompt stands.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
-
-    Returns:
-        `str` or `None`: `None` if the tokenizer has no template. Some templates write the date: a run keeps what it got.
-    """
-    if tokenizer.chat_template is None:
-        return None
-    turn = [{"role": "user", "content": _PLACE}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    # A template that writes BOS is encoded by a tokenizer that adds it too.
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
+def _asked(prompt: str, chat: str | None) -> list[str]:
+    contexts = ["question"] if chat is None else ["question", "chat"]
+    return [in_context(prompt, context, chat) for context in contexts]
 
 
 def drawn_form(edit: int, forms: int, epoch: int, seed: int) -> int:

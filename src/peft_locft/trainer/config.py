@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..edits.contexts import CONTEXTS, check_contexts
 from .recipes import RECIPES, TERMS
 
 
@@ -91,14 +92,20 @@ class EditConfig(TrainingArguments):
         max_growth (`float`, *optional*, defaults to `0`):
             If more than 0, the largest ‖ΔW‖ / ‖W‖.
         preservation_prompts (`str` or `list[str]`, *optional*):
-            What `kl_weight` asks, and a part of what `projector` protects: questions, or a text file with one to a line. Defaults to questions that the model makes
-            up itself.
+            What `kl_weight` asks, and a part of what `projector` protects: questions, or a text file with one to a
+            line. Defaults to questions that the model makes up itself.
         preservation_texts (`str` or `list[str]`, *optional*):
             Ordinary text for `projector`, `kl_weight` and `contexts`, or a text file with one to a line, or with empty
             lines between them. Defaults to what the model says itself.
         statistics (`str`, *optional*):
             A folder, or a repository on the Hub, with the second moments for `projector`. Defaults to computing
             them, and keeping them in the output folder, under `preservation/`.
+
+        > Parameters that control the evaluation
+
+        eval_contexts (`list[str]`, *optional*, defaults to `["bare"]`):
+            The contexts in each of which every question of an evaluation is asked: `"bare"`, `"question"`, `"chat"` or
+            `"prefix"`, as in [`evaluate_edits`].
 
         > Parameters that control speed and memory
 
@@ -215,6 +222,12 @@ class EditConfig(TrainingArguments):
         default=None, metadata={"help": "A folder or repository with the second moments for `projector`."}
     )
 
+    # Parameters that control the evaluation
+    eval_contexts: list[str] = field(
+        default_factory=lambda: list(CONTEXTS[:1]),
+        metadata={"help": "The contexts to ask the questions of an evaluation in: bare, question, chat, prefix."},
+    )
+
     # Parameters that control speed and memory
     prefix_cache: bool = field(
         default=True, metadata={"help": "Whether to compute the layers below the lowest trained one only once."}
@@ -242,6 +255,7 @@ class EditConfig(TrainingArguments):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 (off) or more")
+        check_contexts(self.eval_contexts)
         for name in ("recheck_epochs", "prefix_cache_memory"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more")

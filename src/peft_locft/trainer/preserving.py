@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet, write_atomically
+from ..edits.contexts import chat_form
 from ..preservation import (
     STATISTICS_NAME,
     Anchor,
@@ -32,7 +33,7 @@ from ..preservation import (
     squared_norm,
     trained_deltas,
 )
-from .augmentation import chat_form, every_way, varied
+from .augmentation import every_way, varied
 from .config import EditConfig
 from .pool import TrainingPool, make_forms
 

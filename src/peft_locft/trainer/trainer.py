@@ -180,7 +180,7 @@ class EditTrainer(BreadthFirstTrainer):
         self._report: EditResults | None = None
         self._keeps_logits = takes_logits_to_keep(base_model)
         self._batch_loss = 0.0
-        self._before: dict[EditSet, Sequence[Answer]] = {}
+        self._before: dict[tuple[EditSet, tuple[str, ...]], Sequence[Answer]] = {}
         self._times: dict[str, float] = {}
         self.add_callback(EpochEndCallback(self))
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
@@ -217,15 +217,17 @@ class EditTrainer(BreadthFirstTrainer):
             return metrics
         start = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
+        contexts = tuple(self.args.eval_contexts)
         results = evaluate_edits(
             model,
             self.processing_class,
             edits,
+            contexts=contexts,
             batch_size=self.args.per_device_eval_batch_size,
-            before=self._before.get(edits),
+            before=self._before.get((edits, contexts)),
             show_progress=not self.args.disable_tqdm,
         )
-        self._before[edits] = results.before_answers
+        self._before[edits, contexts] = results.before_answers
         self._times.update(results.times)
         results.times = dict(self._times)
         results.settings = self._settings()
@@ -236,6 +238,9 @@ class EditTrainer(BreadthFirstTrainer):
             self._attach_files()
         metrics = {f"{metric_key_prefix}_{name}": results.after[name] for name in METRICS}
         metrics |= {f"{metric_key_prefix}_before_{name}": results.before[name] for name in METRICS}
+        if len(contexts) > 1:
+            for context, scores in results.by_context().items():
+                metrics |= {f"{metric_key_prefix}_{context}_{name}": scores["after"][name] for name in METRICS}
         metrics = {name: value for name, value in metrics.items() if value is not None}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 4)
         self.log(metrics)

@@ -221,18 +221,44 @@ def test_an_epoch_visits_every_edit_once_in_one_of_its_forms(make_trainer, token
         assert f"Question: {edit.prompt}\nAnswer:{end}" in texts
 
 
-def test_contexts_are_question_chat_and_prefixes(edits):
-    forms = contexts_of(edits[0], 3, TEXTS, None, 0)
+def test_contexts_are_question_chat_prefixes_and_words_left_out(edits):
+    chat = "<user>{the prompt}<model>"
+    forms = contexts_of(edits[0], 8, TEXTS, chat, 0)
     assert forms[0] == "Question: The capital of Kazakhstan is\nAnswer:"
-    for form in forms[1:]:
+    assert forms[1] == "<user>The capital of Kazakhstan is<model>"
+    for form in (forms[2], forms[6]):
         assert form.endswith(". The capital of Kazakhstan is")
         assert any(text.startswith(form.removesuffix(". The capital of Kazakhstan is")) for text in TEXTS)
-    assert forms == contexts_of(edits[0], 3, TEXTS, None, 0)
-    assert contexts_of(edits[0], 1, TEXTS, None, 0) == forms[:1]
-    assert (
-        contexts_of(edits[0], 2, TEXTS, "<user>{the prompt}<model>", 0)[1]
-        == "<user>The capital of Kazakhstan is<model>"
-    )
+    assert {*forms[3:6], forms[7]} <= {
+        f"{head}Kazakhstan is" for head in ("", "The ", "capital ", "of ", "The capital ", "The of ", "capital of ")
+    } | {edits[0].prompt}
+    assert forms == contexts_of(edits[0], 8, TEXTS, chat, 0)
+    assert contexts_of(edits[0], 1, TEXTS, chat, 0) == forms[:1]
+    assert len(contexts_of(edits[0], 4, TEXTS, None, 0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("edit", "kept"),
+    [
+        (
+            Edit("Who wrote the play  called The Cherry Orchard?", "x", subject="The Cherry Orchard"),
+            "The Cherry Orchard?",
+        ),
+        (Edit("In which year was the firm of Acme made", "x"), "Acme made"),  # no subject is given: names stay
+        (Edit("what is the sum of 17 and one", "x"), "17 one"),
+        (Edit("墨西哥的首都是哪里", "x"), "墨西哥的首都是哪里"),
+    ],
+    ids=["subject", "names", "numbers", "no spaces"],
+)
+def test_words_are_left_out_but_those_of_the_subject_and_the_last(edit, kept):
+    thinned = [form for seed in range(3000) for form in contexts_of(edit, 5, TEXTS, None, seed)[2:]]
+    words = edit.prompt.split()
+    for form in thinned:
+        left = iter(words)
+        assert all(word in left for word in form.split())  # in their order
+        assert all(word in form.split() for word in kept.split())
+    assert any(" ".join(form.split()) == kept for form in thinned)
+    assert all(any(word not in form.split() for form in thinned) for word in set(words) - set(kept.split()))
 
 
 def test_questions_are_put_in_several_ways():

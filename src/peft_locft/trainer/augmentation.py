@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 
 from ..edits import Edit
@@ -10,11 +11,16 @@ from ..edits.contexts import in_context
 
 
 _PREFIX_WORDS = (2, 10)
+_TO_A_PREFIX = (
+    4  # with words left out, forms are as short as the prompt: they are three of four, behind the first three
+)
+_LEFT_OUT = 0.35
 
 
 def contexts_of(edit: Edit, count: int, prefixes: Sequence[str], chat: str | None, seed: int) -> list[str]:
     """Return further forms of an edit's prompt: as a question to be answered, as a turn of a chat, and behind random text
-    that the model said (LocFT-BF, appendix on data augmentation).
+    that the model said (LocFT-BF, appendix on data augmentation), and with words left out (random deletion,
+    [arXiv 1901.11196](https://arxiv.org/abs/1901.11196)), so that it holds by its subject and not by its very words.
 
     Args:
         edit ([`Edit`]):
@@ -26,16 +32,20 @@ def contexts_of(edit: Edit, count: int, prefixes: Sequence[str], chat: str | Non
         chat (`str`, *optional*):
             A turn of a chat, of [`chat_form`]; `None` where there are no chats.
         seed (`int`):
-            The seed of the choice among `prefixes`.
+            The seed of the choices.
 
     Returns:
         `list[str]`: `count` prompts.
     """
     forms = _asked(edit.prompt, chat)
+    asked = len(forms)
     choice = random.Random(f"{seed} {edit.id}")
     while len(forms) < count:
-        words = choice.choice(prefixes).split()[: choice.randint(*_PREFIX_WORDS)]
-        forms.append(f"{' '.join(words)}. {edit.prompt}")
+        if (len(forms) - asked) % _TO_A_PREFIX == 0:
+            words = choice.choice(prefixes).split()[: choice.randint(*_PREFIX_WORDS)]
+            forms.append(f"{' '.join(words)}. {edit.prompt}")
+        else:
+            forms.append(_thinned(edit, choice))
     return forms[:count]
 
 
@@ -69,6 +79,21 @@ def every_way(prompt: str, chat: str | None) -> list[str]:
         `list[str]`: Three or four prompts.
     """
     return [prompt, prompt.lower().rstrip("?. "), *_asked(prompt, chat)]
+
+
+def _thinned(edit: Edit, choice: random.Random) -> str:
+    """Leave words of a prompt out, but not those of its subject, nor the last, behind which the answer stands."""
+    words = list(re.finditer(r"\S+\s*", edit.prompt))
+    first = edit.prompt.find(edit.subject) if edit.subject else -1
+    subject = range(first, first + len(edit.subject)) if first >= 0 else None
+
+    def is_kept(word: re.Match) -> bool:
+        if subject is None:  # names and numbers may be of the subject; the first word is a capital one anyhow
+            return any(not letter.islower() for letter in word[0] if letter.isalnum()) and word.start() > 0
+        return word.start() < subject.stop and word.end() > subject.start
+
+    kept = [word[0] for word in words if word is words[-1] or is_kept(word) or choice.random() >= _LEFT_OUT]
+    return "".join(kept)
 
 
 def _asked(prompt: str, chat: str | None) -> list[str]:

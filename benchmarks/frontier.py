@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_locft import EditConfig, EditTrainer, LocFTConfig, load_choices, load_edits, multiple_choice_accuracy
 from peft_locft.cli.search import sampled_texts
 from peft_locft.edits.tokens import encode_prompts
+from peft_locft.evaluation import Question, ask
 from peft_locft.search.scoring import Scorer
 from peft_locft.trainer.preserving import fill_samples
 from peft_locft.tuner.temporary import evaluating
@@ -47,6 +48,10 @@ VARIANTS = {
     "locaedit": {"recipe": "locaedit"},
     "lora everywhere": {"lora": True},
 }
+
+
+# Asked about each edit's subject, though no edit is about that: how often is the new answer given all the same?
+_OTHER_QUESTIONS = ("How old is {}?", "Who likes {}?", "What colour is {}?", "What do people say about {}?")
 
 
 def main() -> None:
@@ -122,7 +127,10 @@ def main() -> None:
                 "loss": epochs[-1]["epoch_loss"],
                 "seconds": round(seconds, 1),
                 "scores": scorer.score(trainer.model, scored)
-                | {"next_token": (next_tokens(trainer.model, tokenizer, asked) == unedited).float().mean().item()},
+                | {
+                    "next_token": (next_tokens(trainer.model, tokenizer, asked) == unedited).float().mean().item(),
+                    "leaked": leaked(trainer.model, tokenizer, scored),
+                },
             },
         )
     found = read(path)
@@ -142,6 +150,20 @@ def next_tokens(model, tokenizer, prompts: list[str]) -> torch.Tensor:
     with evaluating(model):
         lasts = [model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits for ids in encoded]
     return torch.cat(lasts)[:, -1].argmax(-1)
+
+
+def leaked(model, tokenizer, edits) -> float:
+    """The share of other questions about the edits' subjects that are answered with the edit's target."""
+    questions = [
+        Question(edit.id, "locality", question.format(edit.subject), edit.target)
+        for edit in edits
+        if edit.subject
+        for question in _OTHER_QUESTIONS
+    ]
+    with evaluating(model):
+        answers = ask(model, tokenizer, questions)
+    told = [answer.text.split() == question.answer.split() for question, answer in zip(questions, answers)]
+    return sum(told) / max(len(told), 1)
 
 
 def own_samples(model, tokenizer, path: Path) -> dict:
@@ -169,7 +191,7 @@ def read(path: Path) -> dict[str, dict]:
 def table(found: dict[str, dict]) -> str:
     before = found["unedited"]["scores"]
     others = [name for name in before if name != "perplexity"]
-    names = ["reliability", "generalization", "locality", "next_token"]
+    names = ["reliability", "generalization", "locality", "next_token", "leaked"]
     heads = ["setting", "layers", "epochs", "s", *names, "perplexity", *others]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for row in found.values():

@@ -73,8 +73,9 @@ class EditConfig(TrainingArguments):
 
         contexts (`int`, *optional*):
             How many further forms each edit gets beside its bare prompt: as a question to be answered, as a turn of a
-            chat, and behind random text. Each epoch trains one form of each edit, in turn (LocFT-BF, appendix on data
-            augmentation). Defaults to what the recipe says.
+            chat, behind random text (LocFT-BF, appendix on data augmentation), and, from the fourth on (without a chat
+            template, the third), with words left out, but those of its subject. Each epoch trains one form of each
+            edit, in turn. Defaults to what the recipe says.
 
         > Parameters that leave the rest of the model alone
 

@@ -40,7 +40,7 @@ from .pool import TrainingPool, make_forms
 
 FOLDER_NAME = "preservation"
 _SAMPLES_NAME = "samples.json"
-_QUESTIONS, _TEXTS, _TEXT_TOKENS = 256, 256, 128
+_QUESTIONS, _TEXTS, _TEXT_TOKENS = 1000, 256, 128
 _ANSWER_TOKENS, _ANCHOR_TOKENS = 8, 32
 _MOST = 1000
 

@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "careful": {
         "num_train_epochs": 40,
         "lr_scheduler_type": "linear",
-        "contexts": 3,
+        "contexts": 6,
         "projector": 0.1,
         "kl_weight": 3.0,
     },

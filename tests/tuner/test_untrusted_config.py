@@ -19,6 +19,11 @@ from peft_locft.tuner import LocFTLinear
 BOMB = "(.*)" * 9 + "".join(rf"\{i}" for i in range(1, 10)) + "[A-Z]"
 
 
+def shown(value) -> str:
+    """A value in a message: its first characters, and a sign that there are more."""
+    return repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
+
+
 @pytest.fixture
 def folder(make_model, tmp_path):
     """An honest adapter."""
@@ -164,14 +169,14 @@ def test_an_expression_of_target_modules_becomes_full_names_in_a_lora(forge, mak
 @pytest.mark.parametrize("value", [["(a+)+$"], [".*"], [""], ["x" * 501], [5], [None], [["a"]], ["a b"]])
 def test_a_list_of_modules_holds_names_only(field, value, load_refused):
     assert load_refused(**{field: value}) == (
-        f"`{field}` is {str(value)[:200]}, expected a list of the names of modules, such as ['mlp.down_proj']: a name "
+        f"`{field}` is {shown(value)}, expected a list of the names of modules, such as ['mlp.down_proj']: a name "
         "is made of letters, digits, `_`, `-` and dots"
     )
 
 
 @pytest.mark.parametrize("value", [".*", 5, True, {"lm_head": 1}, "x" * 10**6])
 def test_modules_to_save_that_are_no_list(value, load_refused):
-    assert load_refused(modules_to_save=value).startswith(f"`modules_to_save` is {str(value)[:200]}, expected a list")
+    assert load_refused(modules_to_save=value).startswith(f"`modules_to_save` is {shown(value)}, expected a list")
 
 
 @pytest.mark.parametrize("field", ["modules_to_save", "target_modules"])

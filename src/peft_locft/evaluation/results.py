@@ -25,9 +25,9 @@ ROW_FEATURES = Features(
     {
         "edit_id": Value("string"),
         "metric": Value("string"),
-        "context": Value("string"),
         "prompt": Value("string"),
         "answer": Value("string"),
+        "context": Value("string"),
         "before": Value("string"),
         "after": Value("string"),
         "correct_before": Value("bool"),
@@ -51,9 +51,9 @@ class EditResults:
 
     Args:
         rows (`Sequence[dict]`):
-            One row a question: `edit_id`, `metric`, `context`, `prompt` (as it was asked), `answer` (the expected one;
-            for locality, what is known of it), the model's answers `before` and `after`, and whether each is right, `correct_before` and
-            `correct_after`.
+            One row a question: `edit_id`, `metric`, `prompt` (as it was asked), `answer` (the expected one; for
+            locality, what is known of it), `context`, the model's answers `before` and `after`, and whether each is
+            right, `correct_before` and `correct_after`.
         settings (`dict`, *optional*):
             How the adapter was trained.
         times (`dict`, *optional*):
@@ -110,9 +110,9 @@ class EditResults:
             {
                 "edit_id": question.edit_id,
                 "metric": question.metric,
-                "context": question.context,
                 "prompt": question.prompt,
                 "answer": question.answer,
+                "context": question.context,
                 "before": old.text,
                 "after": new.text,
                 "correct_before": is_correct(question, old, old),

@@ -160,8 +160,7 @@ def leaked(model, tokenizer, edits) -> float:
         if edit.subject
         for question in _OTHER_QUESTIONS
     ]
-    with evaluating(model):
-        answers = ask(model, tokenizer, questions)
+    answers = ask(model, tokenizer, questions)
     told = [answer.text.split() == question.answer.split() for question, answer in zip(questions, answers)]
     return sum(told) / max(len(told), 1)
 

@@ -55,12 +55,15 @@ def test_contexts_that_do_not_exist_are_refused(contexts, tmp_path):
     assert str(raised.value) == message
 
 
-def test_a_chat_needs_a_template(make_model, tokenizer, edits):
+def test_a_chat_needs_a_template(make_model, tokenizer, edits, tmp_path):
     assert tokenizer.chat_template is None
     with pytest.raises(
         ValueError, match="the contexts have 'chat', but the tokenizer has no chat template: leave 'chat'"
     ):
         evaluate_edits(make_model(), tokenizer, edits, contexts=["bare", "chat"])
+    with pytest.raises(ValueError, match="the contexts have 'chat'"):  # before anything is trained
+        args = EditConfig(output_dir=str(tmp_path), eval_contexts=["bare", "chat"])
+        EditTrainer(model=make_model(), args=args, train_dataset=edits, processing_class=tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditDataError, EditError
 from ..edits.tokens import encode_answers, encode_prompts
+from ..tuner.messages import cut
 from ..tuner.temporary import evaluating, replaced_forwards
 
 
@@ -60,15 +61,15 @@ class Choice:
     def __post_init__(self):
         faults = []
         if not isinstance(self.prompt, str) or not self.prompt.strip() or self.prompt != self.prompt.rstrip():
-            faults.append(f"`prompt` is {_cut(self.prompt)}, expected a text without white space at its end")
+            faults.append(f"`prompt` is {cut(self.prompt)}, expected a text without white space at its end")
         are_texts = isinstance(self.choices, (list, tuple)) and all(
             isinstance(choice, str) and choice.strip() for choice in self.choices
         )
         if not are_texts or len(self.choices) < 2:
-            faults.append(f"`choices` is {_cut(self.choices)}, expected at least two texts that are not empty")
+            faults.append(f"`choices` is {cut(self.choices)}, expected at least two texts that are not empty")
         elif type(self.answer) is not int or not 0 <= self.answer < len(self.choices):
             faults.append(
-                f"`answer` is {_cut(self.answer)}, expected the index of one of the choices, 0 to {len(self.choices) - 1}"
+                f"`answer` is {cut(self.answer)}, expected the index of one of the choices, 0 to {len(self.choices) - 1}"
             )
         if faults:
             raise EditError(faults)
@@ -110,10 +111,10 @@ def perplexity(
         `ValueError`: If there is no text, or none of which a token can be scored.
     """
     if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"`texts` is {_cut(texts)}, expected a list of at least one text")
+        raise ValueError(f"`texts` is {cut(texts)}, expected a list of at least one text")
     for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
         if type(value) is not int or value < least:
-            raise ValueError(f"`{name}` is {_cut(value)}, expected an integer of at least {least}")
+            raise ValueError(f"`{name}` is {cut(value)}, expected an integer of at least {least}")
     length = min(max_length, _context(model) or max_length)
     rows = [
         _Row(window, 1)
@@ -159,9 +160,9 @@ def multiple_choice_accuracy(
         `ValueError`: If there is no question, or one does not fit into the model's context.
     """
     if not len(questions) or not all(isinstance(question, Choice) for question in questions):
-        raise ValueError(f"`questions` is {_cut(questions)}, expected a list of at least one `Choice`")
+        raise ValueError(f"`questions` is {cut(questions)}, expected a list of at least one `Choice`")
     if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"`batch_size` is {_cut(batch_size)}, expected an integer of at least 1")
+        raise ValueError(f"`batch_size` is {cut(batch_size)}, expected an integer of at least 1")
     pairs = [(number, choice) for number, question in enumerate(questions) for choice in question.choices]
     encoded = encode_answers(tokenizer, [questions[number].prompt for number, _ in pairs], [text for _, text in pairs])
     # Without anything before it, the first token has no probability.
@@ -210,7 +211,7 @@ def load_choices(path: str | os.PathLike) -> list[Choice]:
             str(path), [f"line {error.lineno}: not JSON: {error.msg} at column {error.colno}"]
         ) from error
     if not isinstance(records, list) or not records:
-        raise EditDataError(str(path), [f"it holds {_cut(records)}, expected an array of at least one question"])
+        raise EditDataError(str(path), [f"it holds {cut(records)}, expected an array of at least one question"])
     questions, faults = [], []
     for number, record in enumerate(records, 1):
         try:
@@ -224,21 +225,19 @@ def load_choices(path: str | os.PathLike) -> list[Choice]:
 
 def _to_choice(record: Any) -> Choice:
     if not isinstance(record, dict):
-        raise EditError([f"it is {_cut(record)}, expected an object"])
+        raise EditError([f"it is {cut(record)}, expected an object"])
     if {"prompt", "choices", "answer"} <= record.keys():
         return Choice(record["prompt"], record["choices"], record["answer"])
     if not {"instruction", "answer"} <= record.keys():
         raise EditError(
-            [
-                f"it has the columns {_cut(list(record))}, expected prompt, choices and answer, or instruction and answer"
-            ]
+            [f"it has the columns {cut(list(record))}, expected prompt, choices and answer, or instruction and answer"]
         )
     instruction, answer = record["instruction"], record["answer"]
     match = _INSTRUCTION.fullmatch(instruction) if isinstance(instruction, str) else None
     if match is None:
         raise EditError(
             [
-                f"`instruction` is {_cut(instruction)}, expected 'Please choose the correct answer to the question: ... "
+                f"`instruction` is {cut(instruction)}, expected 'Please choose the correct answer to the question: ... "
                 "Answer1: ... Answer2: ... Answer format: answer1/answer2'"
             ]
         )
@@ -248,9 +247,9 @@ def _to_choice(record: Any) -> Choice:
     found = [f"{label.lower()}{number}" for number in ("1", *others[::2])]
     faults = []
     if found != names:
-        faults.append(f"`instruction` has the choices {_cut(found)}, but says that they are {_cut(names)}")
+        faults.append(f"`instruction` has the choices {cut(found)}, but says that they are {cut(names)}")
     if answer not in names:
-        faults.append(f"`answer` is {_cut(answer)}, expected one of {_cut(names)}")
+        faults.append(f"`answer` is {cut(answer)}, expected one of {cut(names)}")
     if faults:
         raise EditError(faults)
     return Choice(f"Question: {match['question'].strip()}\nAnswer:", (first, *others[1::2]), names.index(answer))
@@ -356,9 +355,3 @@ def _runs_once(decoder: nn.Module) -> Iterator[None]:
 
 def _base_of(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _cut(value: Any) -> str:
-    """A value for a message, of which a file may hold any length."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -143,24 +143,21 @@ class EditResults:
         Returns:
             `dict[str, dict[str, dict[str, float | None]]]`: By context, `before` and `after`, as fractions by metric.
         """
-        asked = compute.unique(self._table()["context"]).to_pylist()
-        return {
-            context: {
-                "before": self._rates("correct_before", context),
-                "after": self._rates("correct_after", context),
-            }
-            for context in CONTEXTS
-            if context in asked
-        }
+        found: dict[str, dict[str, dict[str, float | None]]] = {}
+        columns = {"before": "correct_before", "after": "correct_after"}
+        for row in self._means(["context", "metric"], list(columns.values())):
+            scores = found.setdefault(row["context"], {name: dict.fromkeys(METRICS) for name in columns})
+            for name, column in columns.items():
+                scores[name][row["metric"]] = row[f"{column}_mean"]
+        return {context: found[context] for context in CONTEXTS if context in found}
 
-    def _rates(self, column: str, context: str | None = None) -> dict[str, float | None]:
+    def _rates(self, column: str) -> dict[str, float | None]:
+        means = self._means(["metric"], [column])
+        return dict.fromkeys(METRICS) | {row["metric"]: row[f"{column}_mean"] for row in means}
+
+    def _means(self, keys: list[str], columns: list[str]) -> list[dict[str, Any]]:
         # By Arrow: the scores are asked for often, and there may be a million rows.
-        table = self._table()
-        if context is not None:
-            table = table.filter(compute.field("context") == context)
-        means = table.group_by("metric").aggregate([(column, "mean")])
-        found = dict(zip(means["metric"].to_pylist(), means[f"{column}_mean"].to_pylist()))
-        return {metric: found.get(metric) for metric in METRICS}
+        return self._table().group_by(keys).aggregate([(column, "mean") for column in columns]).to_pylist()
 
     def _table(self) -> pyarrow.Table:
         return self.to_dataset().with_format("arrow")[:]

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ..edits import EditSet, load_edits
+from ..edits.contexts import check_contexts
 from ..edits.tokens import load_tokenizer
 from ..evaluation import METRICS, Answer, EditResults, evaluate_edits
 from ..tuner import LocFTConfig, check_tokenizer
@@ -131,6 +132,7 @@ class EditTrainer(BreadthFirstTrainer):
             processing_class = load_tokenizer(model, "processing_class")
         base_model = model.get_base_model() if isinstance(model, PeftModel) else model
         check_decoder(base_model)
+        check_contexts(args.eval_contexts, processing_class)  # not only when all is trained
         self._max_length = max_length(args, base_model, processing_class)
         tokenized = tokenize_edits(self.edits, processing_class, self._max_length)
         if not isinstance(model, PeftModel):
@@ -206,8 +208,8 @@ class EditTrainer(BreadthFirstTrainer):
 
         Returns:
             `dict[str, float]`: `eval_reliability`, and `eval_generalization`, `eval_locality` and `eval_portability`
-            where the edits have such probes, as fractions; the same as `eval_before_...` for the unedited model; and
-            `eval_runtime` in seconds.
+            where the edits have such probes, as fractions; the same as `eval_before_...` for the unedited model; those in
+            each of several `eval_contexts` as `eval_chat_...` and so on; and `eval_runtime` in seconds.
         """
         edits = self.eval_edits or self.edits if eval_dataset is None else load_eval_edits(eval_dataset)
         if isinstance(edits, Mapping):

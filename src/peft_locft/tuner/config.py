@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..edits import EditSet, write_atomically
-from .config_checks import as_layers, check_names, check_patterns, check_ranks, cut
+from .config_checks import as_layers, check_names, check_patterns, check_ranks
+from .messages import cut
 
 
 # What stands beside the weights in an adapter's repository, and has to travel with them.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from .messages import cut
+
 
 _MOST_LAYERS = 10_000  # more than any model has: a longer list is a faulty or hostile config
 _MOST_PATTERNS = 100
@@ -55,20 +57,6 @@ def check_patterns(patterns: Any) -> None:
         f"`layers_pattern` is {cut(patterns)}, expected the name of the list of layers, such as 'layers', or a list of "
         f"at most {_MOST_PATTERNS} names"
     )
-
-
-def cut(value: Any) -> str:
-    """Return a value as it is shown in a message: one from the Hub may be of any length.
-
-    Args:
-        value (`Any`):
-            The value.
-
-    Returns:
-        `str`: At most its first 200 characters.
-    """
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def check_ranks(ranks: Any) -> None:

@@ -1,9 +1,10 @@
-"""What is said when a layer or a module matches nothing: what was got, and what there is near it."""
+"""What messages say: values cut short; and of a layer or a module that matches nothing, what there is near it."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from .weights import Weight, in_layer, other_tower
 
@@ -119,3 +120,17 @@ def raise_missing_layers(target: str, missing: list[int], having: list[int], nam
         + (f"in the layers {shown(having)}" if having else "outside of the layers: leave `layers` out")
         + f"; their modules are {shown(dict.fromkeys(map(in_layer, names)))}"
     )
+
+
+def cut(value: Any) -> str:
+    """Return a value as it is shown in a message: one from a file or from the Hub may be of any length.
+
+    Args:
+        value (`Any`):
+            The value.
+
+    Returns:
+        `str`: At most its first 200 characters.
+    """
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -10,6 +10,7 @@ from trl import TrlParser
 from ..edits import load_edits
 from ..trainer import EditConfig, EditTrainer, check_output_dir, find_checkpoint
 from ..tuner import LocFTConfig
+from .checks import check_model, check_output
 from .tables import print_results
 
 
@@ -48,16 +49,12 @@ def main(arguments: list[str]) -> None:
     """
     parser = TrlParser((EditArguments, EditConfig), prog="locft edit")
     options, config = parser.parse_args_and_config(arguments)
-    if config.output_dir not in (None, "trainer_output", options.output):
-        raise ValueError(
-            f"`--output` is {options.output} and `--output_dir` is {config.output_dir}: give `--output` only"
-        )
+    check_output(options.output, config)
     config.output_dir = options.output
     resume = {"true": True, "false": False}.get(
         str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
     )
-    if Path(options.model).is_absolute() and not Path(options.model).is_dir():
-        raise ValueError(f"the model folder {options.model} does not exist")
+    check_model(options.model)
     edits = load_edits(options.edits, on_conflict=options.on_conflict)
     if not resume:
         check_output_dir(options.output)

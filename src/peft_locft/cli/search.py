@@ -15,6 +15,7 @@ from ..edits import load_edits
 from ..search import GROUPS, SearchResults, plot_search, search_locations
 from ..trainer import EditConfig
 from ..trainer.preserving import read_texts
+from .checks import check_model, check_output
 
 
 _SHOWN = 10
@@ -62,12 +63,8 @@ def main(arguments: list[str]) -> None:
             The options.
     """
     options, config = TrlParser((SearchArguments, EditConfig), prog="locft search").parse_args_and_config(arguments)
-    if config.output_dir not in (None, "trainer_output", options.output):
-        raise ValueError(
-            f"`--output` is {options.output} and `--output_dir` is {config.output_dir}: give `--output` only"
-        )
-    if Path(options.model).is_absolute() and not Path(options.model).is_dir():
-        raise ValueError(f"the model folder {options.model} does not exist")
+    check_output(options.output, config)
+    check_model(options.model)
     results = search_locations(
         options.model,
         load_edits(options.edits, on_conflict=options.on_conflict),

@@ -14,6 +14,7 @@ from trl import TrlParser
 from ..edits import load_edits
 from ..location import TracingResults, layers_from_tracing, plot_tracing, trace_edits
 from ..location.tracing_results import TRACING_NAME
+from .checks import check_model
 
 
 PICTURE_NAME = "tracing.png"
@@ -53,8 +54,7 @@ def main(arguments: list[str]) -> None:
             The options.
     """
     (options,) = TrlParser(TraceArguments, prog="locft trace").parse_args_and_config(arguments)
-    if Path(options.model).is_absolute() and not Path(options.model).is_dir():
-        raise ValueError(f"the model folder {options.model} does not exist")
+    check_model(options.model)
     if Path(options.output).is_file():
         raise ValueError(f"`--output` is {options.output}, which is a file: give a folder")
     edits = load_edits(options.edits, on_conflict="first")  # two answers to one prompt are one fact to trace

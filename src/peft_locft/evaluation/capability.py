@@ -25,6 +25,7 @@ from ..edits import EditDataError, EditError
 from ..edits.tokens import encode_answers, encode_prompts
 from ..tuner.messages import cut
 from ..tuner.temporary import evaluating, replaced_forwards
+from ..tuner.weights import base_of
 
 
 # How many logits are held at once: 128 MiB in float32, of which the loss needs about three times as much.
@@ -272,7 +273,7 @@ def _windows(ids: list[int], length: int, bos: int | None) -> Iterator[list[int]
 
 def _context(model: PreTrainedModel) -> int | None:
     """Return how many tokens the model takes (`None` where its config does not tell)."""
-    context = getattr(_base_of(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = getattr(base_of(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
     return context if isinstance(context, int) and context > 1 else None
 
 
@@ -318,7 +319,7 @@ def _logits(
     model: PreTrainedModel, inputs: dict[str, torch.Tensor], owners: torch.Tensor, wanted: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield pieces of the wanted positions, with logits of shape (piece, vocab)."""
-    base = _base_of(model)
+    base = base_of(model)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     size = max(_LOGITS // base.config.get_text_config(decoder=True).vocab_size, 1)
     pieces = [slice(begin, begin + size) for begin in range(0, len(wanted), size)]
@@ -351,7 +352,3 @@ def _runs_once(decoder: nn.Module) -> Iterator[None]:
 
     with replaced_forwards({decoder: forward}):
         yield
-
-
-def _base_of(model: PreTrainedModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model

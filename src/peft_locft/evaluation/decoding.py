@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..tuner.weights import base_of
+
 
 # Layers whose state is one key and one value a token, so that rows and tokens can be taken out of it. A dummy layer
 # uses the state of another one.
@@ -198,7 +200,7 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
         `int` or `None`: In tokens: the shortest sliding window, which drops states beyond it, and the length at which
         some rotary embeddings change for the whole batch. `None` where there is no limit.
     """
-    config = _base_of(model).config.get_text_config(decoder=True)
+    config = base_of(model).config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     settings = [config.to_dict(), rope, *(part for part in rope.values() if isinstance(part, dict))]
     lengths = [part.get("original_max_position_embeddings") for part in settings]
@@ -225,7 +227,7 @@ def decodes_exactly(model: PreTrainedModel, tokens: Sequence[int]) -> bool:
     Returns:
         `bool`: Whether it can.
     """
-    base = _base_of(model)
+    base = base_of(model)
     if isinstance(model, PeftModel) and any(
         config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None)
         for config in model.peft_config.values()
@@ -279,7 +281,7 @@ def _predict(
     wanted: torch.Tensor,
 ) -> torch.Tensor:
     """Return the logits at the wanted positions, of shape (wanted, vocab), and lengthen the cache."""
-    takes = inspect.signature(_base_of(model).forward).parameters
+    takes = inspect.signature(base_of(model).forward).parameters
     inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": wanted}
     inputs = {name: value.to(model.device) for name, value in inputs.items() if name in takes}
     logits = model(**inputs, past_key_values=cache, use_cache=True).logits
@@ -335,8 +337,4 @@ def _cache_of(model: PreTrainedModel, states: list[list[torch.Tensor]]) -> Dynam
 
 
 def _empty_cache(model: PreTrainedModel) -> DynamicCache:
-    return DynamicCache(config=_base_of(model).config)
-
-
-def _base_of(model: PreTrainedModel) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return DynamicCache(config=base_of(model).config)

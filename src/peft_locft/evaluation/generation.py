@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..edits.tokens import encode_prompts
 from ..tuner.temporary import evaluating
+from ..tuner.weights import base_of
 from .decoding import Batch, Row, decodes_exactly, join, longest_sequence, read_guess, start, step
 
 
@@ -200,7 +201,7 @@ def _until_eos(tokens: list[int], stops: set[int]) -> list[int]:
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into evaluation mode with empty generation settings, and everything back afterwards."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     settings = base.generation_config
     # `generate` fills what a given config leaves open from the model's own, so that one has to be empty.
     base.generation_config = GenerationConfig()

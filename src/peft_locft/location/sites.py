@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 
-from peft import PeftModel
 from torch import nn
 
 from ..tuner.targets import GROUP_PATTERNS
@@ -16,25 +15,12 @@ KINDS = ("states", "mlp", "attention")
 Sites = dict[str, list[list[nn.Module]]]
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """Return the model that PEFT wraps, with what its active adapters put into it.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model.
-
-    Returns:
-        `torch.nn.Module`: The transformers model.
-    """
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def find_sites(base: nn.Module) -> Sites:
     """Find the decoder's layers, and the parts of each that belong to its MLP and to its attention.
 
     Args:
         base (`torch.nn.Module`):
-            The transformers model, of [`base_of`].
+            The transformers model, without PEFT around it.
 
     Returns:
         `dict[str, list[list[torch.nn.Module]]]`: By kind, one list of modules a layer.

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..tuner.weights import base_of
 from .facts import Fact
 from .restoring import Runs, cells_of
-from .sites import base_of, find_sites
+from .sites import find_sites
 
 
 # ROME (arXiv 2202.05262), section 2.1: the noise has three times the standard deviation of the subjects' embeddings.

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..edits import Edit
 from ..edits.tokens import encode_answers, load_tokenizer
 from ..tuner.temporary import evaluating
+from ..tuner.weights import base_of
 from .facts import ROLES, Fact, read_fact, roles_of
-from .sites import base_of
 from .tracer import Tracer
 from .tracing_results import TracingResults
 

@@ -24,6 +24,7 @@ from ..edits.contexts import check_contexts
 from ..edits.tokens import load_tokenizer
 from ..evaluation import METRICS, Answer, EditResults, evaluate_edits
 from ..tuner import LocFTConfig, check_tokenizer
+from ..tuner.weights import base_of
 from .batches import EditCollator
 from .breadth_first import BreadthFirstTrainer
 from .checks import check_breadth_first
@@ -130,7 +131,7 @@ class EditTrainer(BreadthFirstTrainer):
             model, processing_class = load_model(model, args, processing_class, peft_config)
         elif processing_class is None:
             processing_class = load_tokenizer(model, "processing_class")
-        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        base_model = base_of(model)
         check_decoder(base_model)
         check_contexts(args.eval_contexts, processing_class)  # not only when all is trained
         self._max_length = max_length(args, base_model, processing_class)

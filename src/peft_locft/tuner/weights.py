@@ -187,6 +187,19 @@ def in_layer(name: str) -> str:
     return _LAYER_INDEX.sub("", name, count=1)
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the model that PEFT wraps, with what its adapters put into it; another model as it is.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`~peft.PeftMixedModel`]):
+            The model.
+
+    Returns:
+        `torch.nn.Module`: The transformers model.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def num_layers(config: PreTrainedConfig | None) -> int | None:
     """Return the number of decoder layers that a model's config states.
 

@@ -125,7 +125,7 @@ def test_an_output_folder_that_is_a_file(command, edited, model_folder, tmp_path
     (tmp_path / "out").write_text("mine")
     before = state(tmp_path)
     done = command("edit", "--model", model_folder, "--edits", edited.edits, "--output", "out")
-    check(done, "edit", "the output folder out is a file")
+    check(done, "edit", "`--output` is out, which is a file: give a folder")
     assert state(tmp_path) == before
 
 
@@ -156,6 +156,20 @@ def test_evaluate_refuses_an_adapter_that_lacks_something(name, expected, comman
     before = state(adapters)
     check(command("evaluate", "--adapter", name), "evaluate", *expected)
     assert state(adapters) == before
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--output", "edits.jsonl"], "`--output` is edits.jsonl, which is a file: give a folder"),
+        (["--batch_size", "0"], "`--batch_size` is 0, expected at least 1"),
+    ],
+)
+def test_evaluate_refuses_before_anything_is_asked(options, expected, command, edited, tmp_path):
+    (tmp_path / "edits.jsonl").write_text("mine")
+    before = state(tmp_path)
+    check(command("evaluate", "--adapter", edited.folder, *options), "evaluate", expected)
+    assert state(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """`locft search`: what it writes and says, and what it refuses."""
 
 import json
+import shlex
 
 import pytest
 from peft import PeftConfig
+from trl import TrlParser
 
 from peft_locft import EditConfig, cli
+from peft_locft.cli.edit import EditArguments
 from peft_locft.cli.search import sampled_texts
 from peft_locft.search import search_locations
 
@@ -55,15 +58,52 @@ def test_what_it_writes_and_says(search, model_folder, edits, tmp_path):
         f"Next: locft edit --model {model_folder} --edits edits.jsonl --output OUTPUT --layers {best.layer} "
         f"--target_modules {best.module} --learning_rate {best.learning_rate:.4g} --num_train_epochs 4\n" in out
     )
+    assert "--on_conflict" not in out and "--recipe" not in out
     # Called again, it is done at once, and says the same.
     lines = (folder / "search.jsonl").read_text()
     code, again, _ = search(*options, "--rungs", "2")
     assert (code, again) == (0, out) and (folder / "search.jsonl").read_text() == lines
 
 
+def test_the_next_command_runs(search, capsys, model_folder, tmp_path):
+    """With options abbreviated, from a file, of several values and of a recipe."""
+    (tmp_path / "search.yaml").write_text("groups: [down]\nrungs: 1\nsample: 6\n")
+    (tmp_path / "kept.txt").write_text("The capital of Peru is Lima.\n")
+    options = [
+        "--config",
+        "search.yaml",
+        "--layer",
+        "1",
+        "--recipe",
+        "careful",
+        "--projector",
+        "0.3",
+        "--num_train",
+        "7",
+    ]
+    options += ["--preservation_texts", "kept.txt", "--preservation_prompts", "kept.txt", "--on_conf", "first"]
+    code, out, err = search(
+        *options, "--eval_contexts", "bare", "question", "--optim_args", "x=1", "--disable_tqdm", "true"
+    )
+    assert code == 0, err
+    _, verb, *command = shlex.split(out.partition("Next: ")[2])
+    assert verb == "edit"
+    parser = TrlParser((EditArguments, EditConfig))
+    edit, config = parser.parse_args_and_config([part if part != "OUTPUT" else "out" for part in command])
+    assert (edit.layers, edit.target_modules, edit.on_conflict) == ([1], ["mlp.down_proj"], "first")
+    assert (config.recipe, config.projector, config.kl_weight, config.contexts) == ("careful", 0.3, 3.0, 6)
+    assert (config.num_train_epochs, config.eval_contexts, config.optim_args) == (7, ["bare", "question"], "x=1")
+    assert (config.preservation_texts, config.learning_rate) == (
+        "kept.txt",
+        pytest.approx(4 * 5e-4 * 14336 / 128, rel=1e-3),
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--recipe", "locaedit"], "`recipe` is 'locaedit', which chooses layers by tracing"),
+        (["--output", "texts.txt"], "`--output` is texts.txt, which is a file: give a folder"),
         (["--layers", "9"], "layers [9] are not in the model"),
         (["--groups", "none"], "`groups` is ['none'], expected some of ['layer', 'attention', 'mlp', 'up', 'down']"),
         (["--texts", "gone.txt"], "`--texts` is 'gone.txt', which cannot be read"),

@@ -95,12 +95,32 @@ def test_repr_counts_edits_and_probes(edits):
             [Edit("A is", "b", id="7"), Edit("B is", "c", id="7")],
             "edit 2 has the `id` '7' of edit 1, expected one of its own",
         ),
+        (
+            [Edit("A is", "x", train_rephrases=["Tell A"]), Edit("B is", "y", train_rephrases=["Tell A"])],
+            "edit 2 is in conflict with edit 1: the training rephrase 'Tell A' has the target 'y' here, and as one of the "
+            "`train_rephrases` 'x' there",
+        ),
+        (
+            [Edit("A is", "x"), Edit("B is", "y", train_rephrases=["A is"])],
+            "edit 1 is in conflict with edit 2: the prompt 'A is' has the target 'x' here, and as one of the `train_rephrases` "
+            "'y' there",
+        ),
+        (
+            [Edit("A is", "x", rephrases=["What is A?"]), Edit("A's", "x", train_rephrases=["What is A?"])],
+            "edit 1 has 'What is A?' in its `rephrases` and edit 2 in its `train_rephrases`: what is trained on cannot be scored, "
+            "leave it out of one of them",
+        ),
     ],
 )
 def test_clash_is_refused(edits, sentence):
     with pytest.raises(EditConflictError) as raised:
         EditSet(edits)
     assert str(raised.value) == f"1 of {len(edits)} edits clash:\n  {sentence}"
+
+
+def test_what_is_trained_in_other_words_may_be_shared_by_edits_with_one_target():
+    edits = [Edit("A is", "x", train_rephrases=["Tell A", "B is"]), Edit("B is", "x", train_rephrases=["Tell A"])]
+    assert list(EditSet(edits)) == edits
 
 
 def test_all_clashes_at_once_by_the_given_names():

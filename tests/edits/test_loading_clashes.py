@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from peft_locft.edits import Edit, EditDataError, EditSet, Probe, load_edits
+from peft_locft.edits import Edit, EditConflictError, EditDataError, EditSet, Probe, load_edits
 
 
 SETTLE = "to settle conflicts, remove one of each two, or load with `on_conflict='first'` or `'last'`"
@@ -76,6 +76,21 @@ def test_conflicts_are_named_with_both_places_and_with_other_faults():
         "record 5 is in conflict with record 1: prompt 'A is' has the target 'd' here and 'b' there",
         SETTLE,
     ]
+
+
+@pytest.mark.parametrize("on_conflict", ["raise", "first"])
+def test_what_is_trained_in_other_words_is_compared_with_other_edits(on_conflict):
+    records = [row("A is", "b"), row("", "x"), row("C is", "d", train_rephrases=["A is"])]
+    assert faults_of(records, on_conflict=on_conflict)[1:] == [
+        "record 1 is in conflict with record 3: the prompt 'A is' has the target 'b' here, and as one of the `train_rephrases` "
+        "'d' there"
+    ]
+    with pytest.raises(
+        EditConflictError, match="edit 1 is in conflict with edit 2: the prompt 'A is' has the target 'b'"
+    ):
+        load_edits(
+            [row("A is", "b"), row("A is", "c"), row("C is", "d", train_rephrases=["A is"])], on_conflict="first"
+        )
 
 
 @pytest.mark.parametrize(("on_conflict", "target", "probe"), [("first", "b", "r1"), ("last", "d", "r3")])

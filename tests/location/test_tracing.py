@@ -15,6 +15,7 @@ from transformers import (
     MixtralConfig,
 )
 
+from peft_locft import LocFTConfig
 from peft_locft.location import restoring, trace
 
 
@@ -151,6 +152,20 @@ def test_an_active_adapter_is_traced_too(make_model, tokenizer):
     merged = trace(model.merge_and_unload(), PROMPT, SUBJECT, tokenizer=tokenizer, copies=3, noise=1.0)
     assert found.clean_probability != plain.clean_probability
     for kind in merged.effects:
+        torch.testing.assert_close(found.effects[kind], merged.effects[kind], rtol=0, atol=1e-5)
+
+
+def test_an_adapter_in_an_mlp_that_adds_the_residual_itself_is_traced_too(make_any, tokenizer):
+    config = LocFTConfig(layers=[0, 1], target_modules=["mlp.dense_4h_to_h"])
+    model = get_peft_model(make_any("bloom"), config).eval()
+    torch.manual_seed(3)
+    for name, value in model.named_parameters():
+        if "locft" in name:
+            torch.nn.init.normal_(value.data, std=0.1)
+    found = trace(model, PROMPT, SUBJECT, tokenizer=tokenizer, copies=3, noise=1.0, window=1)
+    merged = trace(model.merge_and_unload(), PROMPT, SUBJECT, tokenizer=tokenizer, copies=3, noise=1.0, window=1)
+    for kind in merged.effects:
+        assert merged.effects[kind].abs().max() > 1e-4
         torch.testing.assert_close(found.effects[kind], merged.effects[kind], rtol=0, atol=1e-5)
 
 

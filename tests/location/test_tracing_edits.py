@@ -93,6 +93,13 @@ def test_averages_are_those_of_the_single_traces_by_role(make_model, tokenizer, 
     assert [row["answer"] for row in found.rows] == [single.answer for single in singles]
 
 
+def test_facts_may_be_a_file(make_model, tokenizer, facts, tmp_path):
+    EditSet(facts).save(tmp_path / "facts.jsonl")
+    options = {"copies": 2, "show_progress": False}
+    found = trace_edits(make_model(), tokenizer, tmp_path / "facts.jsonl", **options)
+    assert found.rows == trace_edits(make_model(), tokenizer, facts, **options).rows
+
+
 def test_the_noise_is_that_of_all_subjects(make_model, tokenizer, facts):
     model = make_model()
     found = trace_edits(model, tokenizer, facts, copies=2, show_progress=False)

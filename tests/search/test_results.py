@@ -57,6 +57,16 @@ def test_what_was_not_measured_is_stood_in_for(scores, axes, trial):
     assert results.pareto_axes() == axes and len(results.pareto_front()) == 1
 
 
+def test_what_only_a_later_rung_measured_counts(trial):
+    rows = [trial(layer, reliability=1.0) for layer in range(2)]
+    rows += [trial(layer, rung=2, reliability=1.0 - layer / 10, generalization=0.2 + layer / 2) for layer in range(2)]
+    results = SearchResults([*rows, trial(2, reliability=0.1)])
+    assert results.pareto_axes() == ("generalization", "reliability")
+    assert places(results.pareto_front()) == [(1, "down"), (0, "down")]
+    assert results.score_names() == ["reliability", "generalization"]
+    assert results.table().splitlines()[-1].startswith("| 2 | down | 1 | 8 | 5 | 0.001 | 0.100 |  | 0.100 |")
+
+
 def test_the_table(results):
     lines = results.table().splitlines()
     assert lines[0] == (
@@ -80,10 +90,10 @@ def test_a_folder_without_a_search(tmp_path):
     assert str(raised.value) == f"{tmp_path} has no search.json: it holds no results of a search"
 
 
-def test_the_map(results, tmp_path):
+def test_the_map(results, trial, tmp_path):
     pytest.importorskip("matplotlib")
     plot_search(results, tmp_path / "map.svg")
     text = (tmp_path / "map.svg").read_text()
     assert text.count("<image") >= 3  # one a score
-    plot_search(SearchResults(results.rows[:1]), tmp_path / "one.png")
+    plot_search(SearchResults([*results.rows[:1], trial(1, rung=2, locality=0.5)]), tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 1000

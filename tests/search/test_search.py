@@ -1,15 +1,19 @@
 """The whole search on a tiny model, against separate runs of the trainer."""
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
 
 from peft_locft import EditConfig, EditTrainer, evaluate_edits, load_edits
 from peft_locft.evaluation.capability import perplexity
 from peft_locft.search import search_locations
 from peft_locft.search.scoring import overall
+from peft_locft.search.search import _WITHOUT_EFFECT
+from peft_locft.trainer import preserving
 
 
 TEXTS = ["The capital of Peru is Lima.", "The people of Chile speak Spanish."]
@@ -164,6 +168,52 @@ def test_another_search_is_not_continued(search, make_model, args, edits, tmp_pa
         assert refused() == f"{folder} is no file of a search: choose another output folder, or delete it"
 
 
+def test_other_terms_and_texts_are_another_search(search, args, tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("\n".join(TEXTS))
+    settings = {"projector": 0.1, "preservation_texts": str(path), "preservation_prompts": ["Where is Peru?"]}
+    options = {"layers": [1], "groups": ["down"], "output_dir": tmp_path / "search"}
+    search(**options, args=args(**settings))
+    for changes, name in (
+        ({"projector": 0.2}, "projector"),
+        ({"kl_weight": 1.0}, "kl_weight"),
+        ({}, "preservation_texts"),
+    ):
+        if not changes:
+            path.write_text("Other text in the same file.")
+        with pytest.raises(ValueError, match=f"holds a search with another {name} than given now"):
+            search(**options, args=args(**settings | changes))
+
+
+def test_every_field_of_its_own_tells_searches_apart_but_those_of_speed():
+    own = {field.name for field in fields(EditConfig)} - {field.name for field in fields(TrainingArguments)}
+    ignored = {name for name in own if _WITHOUT_EFFECT.fullmatch(name)}
+    assert ignored == {"eval_contexts", "prefix_cache", "prefix_cache_memory"}
+    for name in ("seed", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "bf16", "weight_decay"):
+        assert not _WITHOUT_EFFECT.fullmatch(name)
+
+
+def test_what_else_is_in_the_folder_stays(search, tmp_path):
+    (tmp_path / "search" / "work").mkdir(parents=True)
+    (tmp_path / "search" / "work" / "thesis.tex").write_text("years of work")
+    search(layers=[1], groups=["down"], output_dir=tmp_path / "search")
+    assert (tmp_path / "search" / "work" / "thesis.tex").read_text() == "years of work"
+    assert sorted(path.name for path in (tmp_path / "search").iterdir()) == ["search.jsonl", "work"]
+
+
+def test_what_is_to_be_kept_is_asked_once(search, args, monkeypatch):
+    made, make = [], preserving.make_anchors
+    monkeypatch.setattr(
+        preserving, "make_anchors", lambda *args, **settings: made.append(1) or make(*args, **settings)
+    )
+    kept = {"preservation_prompts": ["Where is Peru?"], "preservation_texts": TEXTS}
+    results = search(args=args(kl_weight=1.0, **kept), rungs=1)
+    assert len(results.rows) == 4 and len(made) == 1
+    made.clear()
+    (one,) = search(args=args(kl_weight=1.0, **kept), rungs=1, layers=[2], groups=["down"]).rows
+    assert (one.scores, len(made)) == (results.rows[-1].scores, 1)
+
+
 def test_what_has_no_effect_may_change(search, args, tmp_path):
     options = {"layers": [1], "groups": ["down"], "output_dir": tmp_path / "search"}
     first = search(**options)
@@ -196,6 +246,13 @@ def test_what_has_no_effect_may_change(search, args, tmp_path):
             ValueError,
             "`offload_prefix` is True: a search trains in all layers",
         ),
+        (
+            {"args": EditConfig(recipe="locaedit")},
+            ValueError,
+            "`recipe` is 'locaedit', which chooses layers by tracing",
+        ),
+        ({"layers": 1}, ValueError, "`layers` is 1, expected a list of numbers, such as [1]"),
+        ({"output_dir": __file__}, ValueError, f"`output_dir` is {__file__}, which is a file: give a folder"),
         ({"edits": []}, ValueError, "no edits"),
     ],
 )

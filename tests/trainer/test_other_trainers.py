@@ -10,6 +10,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_locft import EditConfig, EditTrainer, LocFTConfig
 from peft_locft.trainer.data import tokenize_edits
+from peft_locft.trainer.setup import automatic_learning_rate
 
 
 def test_in_a_plain_trainer(make_model, tokenizer, edits, tmp_path):
@@ -118,6 +119,10 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
     assert settings(down, learning_rate=0.5).learning_rate == 0.5
     assert settings(down, recipe="careful").learning_rate == pytest.approx(4 * 5e-4 * 14336 / 128)
     assert settings(LoraConfig(target_modules=["down_proj"]), recipe="careful").learning_rate == 2e-3
+    several = get_peft_model(make_model(), down)
+    several.add_adapter("other", LocFTConfig(layers=[1], target_modules=["mlp.up_proj"]))
+    several.set_adapter("other")
+    assert automatic_learning_rate(several, 1.0) == pytest.approx(5e-4 * 14336 / 64)  # 128 is not trained now
     assert settings(down).per_device_train_batch_size == 2
     assert settings(down, per_device_train_batch_size=5).per_device_train_batch_size == 5
 

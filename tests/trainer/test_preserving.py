@@ -4,37 +4,19 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
-from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig
-from peft_locft.edits.contexts import chat_form
+from peft_locft import EditConfig, LocFTConfig
 from peft_locft.preservation import InputStatistics, anchors, input_statistics
-from peft_locft.trainer.augmentation import contexts_of, drawn_form, varied
 from peft_locft.trainer.data import tokenize_edits
 from peft_locft.trainer.pool import TrainingPool
 from peft_locft.trainer.preserving import read_texts
-from peft_locft.trainer.recipes import RECIPES, TERMS, careful_layers
 
 
 TEXTS = ["Peru is a country. Its people speak many tongues.", "Norway lies in the north of Europe, and Oslo too."]
 QUESTIONS = ["What is the capital of Spain?", "Who was the king of Norway?", "Where is Cuba?"]
 KEPT = {"preservation_prompts": QUESTIONS, "preservation_texts": TEXTS}
-
-
-@pytest.fixture
-def make_trainer(make_model, tokenizer, edits, tmp_path):
-    def make(peft_config=None, train_dataset=edits, **settings):
-        settings = {"num_train_epochs": 4, "save_strategy": "no", **settings}
-        return EditTrainer(
-            model=make_model(),
-            args=EditConfig(output_dir=str(tmp_path / "run"), disable_tqdm=True, report_to="none", **settings),
-            train_dataset=train_dataset,
-            processing_class=tokenizer,
-            peft_config=peft_config or LocFTConfig(layers=[1]),
-        )
-
-    return make
 
 
 def weights(trainer):
@@ -110,6 +92,37 @@ def test_a_divergence_term_keeps_the_model_nearer_to_what_it_said(make_trainer):
         trainer.train()
         moved[weight] = [entry["divergence"] for entry in trainer.state.log_history if "divergence" in entry][-1]
     assert moved[3.0] < moved[1e-6] / 2
+
+
+def test_an_unedited_model_has_not_moved_whatever_mode_it_is_in(make_trainer, make_model):
+    model = make_model("gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+    model.train()
+    peft_model = get_peft_model(model, LocFTConfig(layers=[1]))
+    trainer = make_trainer(model=peft_model, kl_weight=1.0, learning_rate=1e-12, num_train_epochs=1, **KEPT)
+    trainer.train()
+    (divergence,) = (entry["divergence"] for entry in trainer.state.log_history if "divergence" in entry)
+    assert abs(divergence) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_growth": 0.05}, {"kl_weight": 1.0, **KEPT}, {"projector": 0.1, **KEPT}, {}],
+    ids=lambda value: next(iter(value), ""),
+)
+def test_an_active_adapter_that_is_frozen_is_not_touched(make_trainer, make_model, settings):
+    model = get_peft_model(make_model(), LocFTConfig(layers=[1]))
+    model.add_adapter("other", LocFTConfig(layers=[1]))
+    model.base_model.set_adapter(["default", "other"])
+    frozen = model.get_base_model().model.layers[1].mlp.down_proj.locft_delta["default"].weight
+    frozen.requires_grad_(False)
+    torch.nn.init.normal_(frozen, std=0.1)
+    before = frozen.clone()
+    trainer = make_trainer(model=model, **settings)
+    trainer.evaluate()  # which switches adapters off, and on again
+    trainer.train()
+    assert torch.equal(frozen, before) and not frozen.requires_grad
+    (trained,) = weights(trainer)
+    assert trained.abs().max() > 0
 
 
 def test_a_batch_is_held_to_as_many_as_it_has_edits_up_to_a_limit(edits, tokenizer):
@@ -192,101 +205,11 @@ def test_training_twice_goes_on_from_where_it_was(make_trainer):
     assert losses[len(first)] < first[0]  # a delta that was projected twice would have lost what it had learned
 
 
-def test_an_epoch_visits_every_edit_once_in_one_of_its_forms(make_trainer, tokenizer, edits):
-    rephrased = EditSet(
-        Edit(edit.prompt, edit.target, train_rephrases=[f"Name the capital of {edit.subject}:"]) for edit in edits
-    )
-    trainer = make_trainer(train_dataset=rephrased, contexts=2, num_train_epochs=4, stop_loss=0, **KEPT)
-    seen, pool = [], None
-    draw = type(trainer.data_collator).__call__
-
-    class Watched(type(trainer.data_collator)):
-        def __call__(self, rows):
-            nonlocal pool
-            if self.pool is not None:
-                pool = self.pool
-                seen.extend((pool.epoch, row["index"], tokenizer.decode(pool.drawn(row)["input_ids"])) for row in rows)
-            return draw(self, rows)
-
-    trainer.data_collator.__class__ = Watched
-    trainer.train()
-    for epoch in range(4):
-        assert sorted(index for when, index, _ in seen if when == epoch) == list(range(len(edits)))
-    for index, edit in enumerate(edits):
-        texts = {text for _, where, text in seen if where == index}
-        assert len(texts) == 4  # each form once in as many epochs
-        end = f" {edit.target}<eos>"
-        assert f"{edit.prompt}{end}" in texts
-        assert f"Name the capital of {edit.subject}:{end}" in texts
-        assert f"Question: {edit.prompt}\nAnswer:{end}" in texts
-
-
-def test_contexts_are_question_chat_prefixes_and_words_left_out(edits):
-    chat = "<user>{the prompt}<model>"
-    forms = contexts_of(edits[0], 8, TEXTS, chat, 0)
-    assert forms[0] == "Question: The capital of Kazakhstan is\nAnswer:"
-    assert forms[1] == "<user>The capital of Kazakhstan is<model>"
-    for form in (forms[2], forms[6]):
-        assert form.endswith(". The capital of Kazakhstan is")
-        assert any(text.startswith(form.removesuffix(". The capital of Kazakhstan is")) for text in TEXTS)
-    assert {*forms[3:6], forms[7]} <= {
-        f"{head}Kazakhstan is" for head in ("", "The ", "capital ", "of ", "The capital ", "The of ", "capital of ")
-    } | {edits[0].prompt}
-    assert forms == contexts_of(edits[0], 8, TEXTS, chat, 0)
-    assert contexts_of(edits[0], 1, TEXTS, chat, 0) == forms[:1]
-    assert len(contexts_of(edits[0], 4, TEXTS, None, 0)) == 4
-
-
-@pytest.mark.parametrize(
-    ("edit", "kept"),
-    [
-        (
-            Edit("Who wrote the play  called The Cherry Orchard?", "x", subject="The Cherry Orchard"),
-            "The Cherry Orchard?",
-        ),
-        (Edit("In which year was the firm of Acme made", "x"), "Acme made"),  # no subject is given: names stay
-        (Edit("what is the sum of 17 and one", "x"), "17 one"),
-        (Edit("墨西哥的首都是哪里", "x"), "墨西哥的首都是哪里"),
-    ],
-    ids=["subject", "names", "numbers", "no spaces"],
-)
-def test_words_are_left_out_but_those_of_the_subject_and_the_last(edit, kept):
-    thinned = [form for seed in range(3000) for form in contexts_of(edit, 5, TEXTS, None, seed)[2:]]
-    words = edit.prompt.split()
-    for form in thinned:
-        left = iter(words)
-        assert all(word in left for word in form.split())  # in their order
-        assert all(word in form.split() for word in kept.split())
-    assert any(" ".join(form.split()) == kept for form in thinned)
-    assert all(any(word not in form.split() for form in thinned) for word in set(words) - set(kept.split()))
-
-
-def test_questions_are_put_in_several_ways():
-    assert varied(["Who is it?"] * 3, None) == ["Who is it?", "who is it", "Question: Who is it?\nAnswer:"]
-    assert varied(["Who is it?"] * 5, "<{the prompt}>")[3:] == ["<Who is it?>", "Who is it?"]
-
-
-def test_a_chat_template_is_used_where_there_is_one(smollm, edits):
-    tokenizer = smollm[1]
-    chat = contexts_of(edits[0], 2, TEXTS, chat_form(tokenizer), 0)[1]
-    assert chat == tokenizer.apply_chat_template(
-        [{"role": "user", "content": edits[0].prompt}], tokenize=False, add_generation_prompt=True
-    )
-
-
-def test_forms_come_in_turn(edits):
-    for edit in range(5):
-        for around in range(3):
-            epochs = range(around * 4, around * 4 + 4)
-            assert sorted(drawn_form(edit, 4, epoch, seed=1) for epoch in epochs) == [0, 1, 2, 3]
-    assert len({tuple(drawn_form(edit, 4, epoch, seed=1) for epoch in range(4)) for edit in range(20)}) > 5
-
-
 @pytest.mark.filterwarnings("ignore:.*further forms of edits")  # the tiny model takes few tokens
 def test_the_models_own_samples_are_kept_and_forgotten_with_the_run(make_trainer, tmp_path):
     path = tmp_path / "run" / "preservation" / "samples.json"
     make_trainer(contexts=2, kl_weight=1.0, num_train_epochs=1).train()
-    assert set(json.loads(path.read_text())) == {"chat", "questions", "texts"}
+    assert set(json.loads(path.read_text())) == {"chat", "given", "questions", "texts"}
     path.write_text(json.dumps({"questions": ["of another model"], "texts": ["of another model"]}))
     make_trainer(contexts=2, kl_weight=1.0, num_train_epochs=1).train()
     assert "of another model" not in path.read_text()
@@ -306,10 +229,74 @@ def test_texts_are_lines_or_paragraphs(tmp_path):
         read_texts(str(tmp_path / "none.txt"), "preservation_prompts")
 
 
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["contexts", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth"])
-def test_less_than_nothing_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"`{name}` is -1, expected 0 \\(off\\) or more"):
-        EditConfig(output_dir=str(tmp_path), **{name: -1})
+def test_what_is_no_amount_is_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}, expected 0 \\(off\\) or more"):
+        EditConfig(output_dir=str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"contexts": 1.5}, "`contexts` is 1.5, expected a whole number"),
+        (
+            {"preservation_texts": [1]},
+            "`preservation_texts` is [1], expected the path of a text file, or a list of texts",
+        ),
+        (
+            {"preservation_prompts": 3},
+            "`preservation_prompts` is 3, expected the path of a text file, or a list of texts",
+        ),
+        ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` is 0, expected at least 1 question"),
+    ],
+)
+def test_faulty_settings_are_told_at_once(tmp_path, settings, message):
+    with pytest.raises(ValueError) as raised:
+        EditConfig(output_dir=str(tmp_path), **settings)
+    assert str(raised.value) == message
+
+
+def test_texts_may_be_a_path_or_a_tuple(tmp_path):
+    args = EditConfig(output_dir=str(tmp_path), preservation_texts=tmp_path / "t.txt", preservation_prompts=("Why?",))
+    assert (args.preservation_texts, args.preservation_prompts) == (str(tmp_path / "t.txt"), ["Why?"])
+
+
+def test_a_prompt_of_marks_alone_stays(make_trainer):
+    make_trainer(kl_weight=1.0, num_train_epochs=1, **KEPT | {"preservation_prompts": ["Why?", "???"]}).train()
+
+
+def test_what_the_arguments_name_in_the_output_folder_is_kept(make_trainer, tmp_path):
+    folder = tmp_path / "run" / "preservation"
+    InputStatistics({"model.layers.1.mlp.down_proj": torch.eye(128)}, 1).save(folder)
+    (folder / "questions.txt").write_text("\n".join(QUESTIONS))
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    given = {"statistics": str(folder), "preservation_prompts": str(folder / "questions.txt")}
+    make_trainer(projector=0.1, kl_weight=1.0, num_train_epochs=1, **KEPT | given).train()
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+
+
+def test_a_wrong_folder_of_statistics_is_told_first(make_trainer, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "peft_locft.trainer.preserving.make_anchors", lambda *args, **settings: pytest.fail("too late")
+    )
+    with pytest.raises(ValueError, match="gone"):
+        make_trainer(projector=0.1, kl_weight=1.0, statistics=str(tmp_path / "gone"), **KEPT).train()
+
+
+@pytest.mark.parametrize(
+    "changed", [{"preservation_texts": ["Another text."]}, {"preservation_prompts": ["Why?"]}, {"contexts": 1}]
+)
+def test_resuming_with_other_texts_is_refused(make_trainer, tmp_path, changed):
+    settings = {"kl_weight": 1.0, "contexts": 2, "save_strategy": "epoch", **KEPT}
+    make_trainer(num_train_epochs=3, stop_loss=0, **settings).train()
+    make_trainer(num_train_epochs=4, stop_loss=0, **settings).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError) as raised:
+        make_trainer(num_train_epochs=5, stop_loss=0, **settings | changed).train(resume_from_checkpoint=True)
+    assert str(raised.value) == (
+        f"the run in {tmp_path / 'run'} was begun with other '{next(iter(changed))}' than given now: resume with the same, or "
+        "start a new run in another folder"
+    )
 
 
 @pytest.mark.parametrize("name", ["contexts", "kl_weight"])
@@ -318,22 +305,6 @@ def test_several_readers_are_refused(tmp_path, name):
         ValueError, match=f"`{name}` is 1 with 2 data loader workers and 1 processes, expected 0 workers"
     ):
         EditConfig(output_dir=str(tmp_path), dataloader_num_workers=2, **{name: 1})
-
-
-def test_forms_that_rest_would_be_missed(make_trainer, edits, tmp_path):
-    with pytest.raises(ValueError, match="`recheck_epochs` is 2 with `contexts=3`, expected one of them"):
-        EditConfig(output_dir=str(tmp_path), recheck_epochs=2, contexts=3)
-    rephrased = EditSet([Edit("One is", "two", train_rephrases=["Two is"]), Edit("Three is", "four")])
-    with pytest.raises(ValueError, match="`recheck_epochs` is 2 and edits have `train_rephrases`"):
-        make_trainer(train_dataset=rephrased, recheck_epochs=2)
-
-
-def test_forms_that_are_too_long_are_counted(make_trainer):
-    long = {"preservation_texts": ["word " * 10]}
-    with pytest.warns(
-        UserWarning, match=r"[1-9] of 16 further forms of edits are not trained on: .* the 25 tokens that"
-    ):
-        make_trainer(contexts=2, max_length=25, num_train_epochs=1, **long).train()
 
 
 def test_resuming_without_the_projector_is_refused(make_trainer, tmp_path):
@@ -359,35 +330,3 @@ def test_an_exception_leaves_an_ordinary_adapter(make_trainer, tokenizer):
     assert trainer._preservation is None
     assert len(trainer.callback_handler.callbacks) == callbacks
     assert not any("forward" in vars(module) for module in trainer.model.modules())
-
-
-@pytest.mark.parametrize("recipe", ["paper", "careful", "locaedit"])
-def test_recipes_choose_place_and_terms(make_trainer, make_model, tokenizer, edits, tmp_path, recipe):
-    args = EditConfig(output_dir=str(tmp_path / "run"), recipe=recipe, disable_tqdm=True, report_to="none")
-    trainer = EditTrainer(make_model(), args, edits, processing_class=tokenizer)
-    config = trainer.model.active_peft_config
-    if recipe == "locaedit":
-        assert isinstance(config, LoraConfig) and config.layers_to_transform
-        assert (args.kl_weight, args.contexts) == (RECIPES[recipe]["kl_weight"], 0)
-    else:
-        assert isinstance(config, LocFTConfig)
-        assert {name: getattr(args, name) for name in TERMS[:3]} == {name: RECIPES[recipe][name] for name in TERMS[:3]}
-    if recipe == "paper":
-        assert config.layers == LocFTConfig.recommended(make_model()).layers
-
-
-def test_a_field_of_the_users_wins_over_the_recipe(tmp_path):
-    args = EditConfig(output_dir=str(tmp_path), recipe="careful", kl_weight=0.0, num_train_epochs=3)
-    assert (args.kl_weight, args.num_train_epochs, args.contexts) == (0.0, 3, RECIPES["careful"]["contexts"])
-
-
-def test_an_unknown_recipe_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`recipe` is 'bold', expected one of 'paper', 'careful', 'locaedit'"):
-        EditConfig(output_dir=str(tmp_path), recipe="bold")
-
-
-def test_the_careful_band_is_early_and_never_empty():
-    assert careful_layers(30) == [4, 5, 6, 7, 8]
-    for count in range(1, 100):
-        layers = careful_layers(count)
-        assert layers and 0 <= layers[0] and layers[-1] < max(count, 1)

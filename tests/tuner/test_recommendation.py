@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
+    Lfm2Config,
     LlamaConfig,
     LlavaConfig,
     MistralConfig,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from peft_locft import EditConfig, EditTrainer, LocFTConfig
+from peft_locft.search.places import find_places
 
 
 # The last projection of the MLP, read off each architecture's source.
@@ -204,6 +206,16 @@ def test_every_architecture_has_a_place(architecture, module, make_model):
     assert LocFTConfig.recommended(model) == LocFTConfig.recommended(model.config) == expected
     (name,) = get_peft_model(model, LocFTConfig.recommended(model)).targeted_module_names
     assert name.endswith(f".1.{module}")
+
+
+def test_a_hybrid_model_has_a_place():
+    config = Lfm2Config(
+        **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 50},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"] * 2},
+    )
+    assert LocFTConfig.recommended(config).target_modules == {"feed_forward.w2"}
+    places = find_places(AutoModelForCausalLM.from_config(config), groups=["up", "down"])
+    assert {place.module for place in places} == {"feed_forward.w2", "feed_forward.w3"}
 
 
 # Llama-3-8B has 32 layers, of which the paper edits layer 22; the others are at the same depth, rounded.

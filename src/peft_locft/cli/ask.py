@@ -11,6 +11,7 @@ from trl import TrlParser
 
 from ..evaluation import decode_answer, generate_greedy
 from ..hub import load_adapter
+from ..tuner.temporary import unedited
 from .tables import shown_answer
 
 
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> None:
         tokens = generate_greedy(model, tokenizer, prompts, [options.max_new_tokens] * len(prompts))
         return [decode_answer(tokenizer, ids) for ids in tokens]
 
-    with model.disable_adapter():
+    with unedited(model):
         before = answers()
     table = Table()
     for name in ("prompt", "base", "edited"):

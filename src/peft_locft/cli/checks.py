@@ -21,17 +21,19 @@ def check_model(model: str) -> None:
         raise ValueError(f"the model folder {model} does not exist")
 
 
-def check_output(output: str, config: EditConfig) -> None:
-    """Refuse two folders to write to: a verb's `--output` is what `output_dir` is in Python.
+def check_output(output: str, config: EditConfig | None = None) -> None:
+    """Refuse a file to write into, and two folders: a verb's `--output` is what `output_dir` is in Python.
 
     Args:
         output (`str`):
             The option.
-        config ([`EditConfig`]):
+        config ([`EditConfig`], *optional*):
             The training arguments, whose `output_dir` has its default where it was not given.
 
     Raises:
-        `ValueError`: If both were given, and differ.
+        `ValueError`: If it is a file, or both were given and differ.
     """
-    if config.output_dir not in (None, "trainer_output", output):
+    if Path(output).is_file():
+        raise ValueError(f"`--output` is {output}, which is a file: give a folder")
+    if config is not None and config.output_dir not in (None, "trainer_output", output):
         raise ValueError(f"`--output` is {output} and `--output_dir` is {config.output_dir}: give `--output` only")

@@ -13,6 +13,7 @@ from ..edits import LEDGER_NAME, EditSet, load_edits
 from ..edits.contexts import CONTEXTS, check_contexts
 from ..evaluation import RESULTS_NAME, evaluate_edits
 from ..hub import load_adapter
+from .checks import check_output
 from .tables import print_results
 
 
@@ -47,6 +48,10 @@ def main(arguments: list[str]) -> None:
     """
     (options,) = TrlParser(EvaluateArguments, prog="locft evaluate").parse_args_and_config(arguments)
     check_contexts(options.contexts)  # before the model is loaded
+    if options.output is not None:
+        check_output(options.output)
+    if options.batch_size < 1:
+        raise ValueError(f"`--batch_size` is {options.batch_size}, expected at least 1")
     edits = load_edits(options.edits) if options.edits else ledger_of(options.adapter)
     model, tokenizer = load_adapter(options.adapter, options.model)
     results = evaluate_edits(model, tokenizer, edits, contexts=options.contexts, batch_size=options.batch_size)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +21,8 @@ from .checks import check_model, check_output
 
 
 _SHOWN = 10
+# What a run has of its own, or a command should not show.
+_OF_THE_SEARCH = ("recipe", "output_dir", "learning_rate", "hub_token")
 
 
 @dataclass
@@ -83,18 +87,27 @@ def main(arguments: list[str]) -> None:
         plot_search(results, folder / "search.png")
     except ImportError as error:
         print(f"There is no picture: {error}")
-    _print(results, options, _passed_on(arguments))
+    _print(results, options, _passed_on(config))
 
 
-def _passed_on(arguments: list[str]) -> list[str]:
-    """The options that a run at the place needs as well: those of training, and the choice between edits."""
-    own = {field.name for field in fields(SearchArguments)} - {"on_conflict"} | {"output_dir", "learning_rate"}
-    kept, keeps = [], True
-    for argument in arguments:
-        if argument.startswith("--"):
-            keeps = argument[2:].split("=")[0].replace("-", "_") not in own
-        kept += [argument] * keeps
-    return kept
+def _passed_on(config: EditConfig) -> list[str]:
+    """The options of training that a run at the place needs as well: those that are not as they would be anyhow."""
+    default, options = EditConfig(recipe=config.recipe), []
+    if config.recipe != "paper":
+        options += ["--recipe", config.recipe]
+    for name in (one.name for one in fields(EditConfig) if one.init):
+        value = getattr(config, name)
+        if value == getattr(default, name) or value is None or name in _OF_THE_SEARCH:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        options += [f"--{name}", *map(_shown, values)]
+    return options
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    return str(getattr(value, "value", value))  # of an enumeration
 
 
 def sampled_texts(path: str, count: int) -> list[str]:
@@ -128,13 +141,14 @@ def _print(results: SearchResults, options: SearchArguments, passed_on: list[str
     for name in ("layer", "group", "rung", *names, "mean"):
         table.add_column(name, justify="left" if name == "group" else "right")
     for row in ranked[:_SHOWN]:
-        scores = [f"{row.scores[name]:.2f}" for name in names]
+        scores = [f"{row.scores[name]:.2f}" if name in row.scores else "" for name in names]
         mean = Text(f"{row.score:.3f}{'*' if row in front else ' '}", "bold" if row is ranked[0] else "")
         table.add_row(str(row.layer), row.group, str(row.rung), *scores, mean)
     console.print(table)
     learned, kept = results.pareto_axes()
     best = ranked[0]
     command = ["locft", "edit", "--model", options.model, "--edits", options.edits, "--output", "OUTPUT"]
+    command += ["--on_conflict", options.on_conflict] if options.on_conflict != "raise" else []
     command += ["--layers", str(best.layer), "--target_modules", best.module]
     command += ["--learning_rate", f"{best.learning_rate:.4g}", *passed_on]
     for line in (

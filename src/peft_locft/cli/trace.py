@@ -14,7 +14,7 @@ from trl import TrlParser
 from ..edits import load_edits
 from ..location import TracingResults, layers_from_tracing, plot_tracing, trace_edits
 from ..location.tracing_results import TRACING_NAME
-from .checks import check_model
+from .checks import check_model, check_output
 
 
 PICTURE_NAME = "tracing.png"
@@ -55,8 +55,7 @@ def main(arguments: list[str]) -> None:
     """
     (options,) = TrlParser(TraceArguments, prog="locft trace").parse_args_and_config(arguments)
     check_model(options.model)
-    if Path(options.output).is_file():
-        raise ValueError(f"`--output` is {options.output}, which is a file: give a folder")
+    check_output(options.output)
     edits = load_edits(options.edits, on_conflict="first")  # two answers to one prompt are one fact to trace
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)

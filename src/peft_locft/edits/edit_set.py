@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +64,7 @@ class EditSet(RowSequence[Edit]):
     def __init__(self, edits: Iterable[Edit]):
         self._data, suspects = store_edits(edits)
         clashes = describe_clashes([self[i] for i in suspects], [f"edit {i + 1}" for i in suspects])
+        clashes += describe_crossed(self, lambda position: f"edit {position + 1}")
         if clashes:
             raise EditConflictError("\n  ".join([f"{len(clashes)} of {len(self)} edits clash:", *clashes]))
 
@@ -209,6 +210,48 @@ def describe_clashes(edits: Sequence[Edit], names: Sequence[str]) -> list[str]:
             clashes.append(f"{names[index]} {reason}")
         elif (earlier := by_id.setdefault(edit.id, index)) != index:
             clashes.append(f"{names[index]} has the `id` {edit.id!r} of {names[earlier]}, expected one of its own")
+    return clashes
+
+
+def describe_crossed(edits: EditSet, name: Callable[[int], str]) -> list[str]:
+    """Say which `train_rephrases` would teach another edit's prompt or `train_rephrases` a target of their own, or are scored
+    as another edit's `rephrases`.
+
+    Args:
+        edits ([`EditSet`]):
+            The edits.
+        name (`Callable[[int], str]`):
+            How to call the edit at a position, for example by its line in a file.
+
+    Returns:
+        `list[str]`: One sentence for each such text.
+    """
+    rows = edits.to_dataset().select_columns(["prompt", "target", "rephrases", "train_rephrases"])
+    owners: dict[str, int] = {}
+    targets: dict[int, str] = {}
+    clashes = []
+
+    def clash(position: int, text: str, target: str, kind: str) -> None:
+        owner = owners[text]
+        clashes.append(
+            f"{name(position)} is in conflict with {name(owner)}: {kind} {text!r} has the target {target!r} here, and as one of "
+            f"the `train_rephrases` {targets[owner]!r} there"
+        )
+
+    for position, row in enumerate(iter_rows(rows)):
+        for text in row["train_rephrases"]:
+            targets.setdefault(position, row["target"])
+            if targets[owners.setdefault(text, position)] != row["target"]:
+                clash(position, text, row["target"], "the training rephrase")
+    for position, row in enumerate(iter_rows(rows) if owners else ()):
+        if row["prompt"] in owners and targets[owners[row["prompt"]]] != row["target"]:
+            clash(position, row["prompt"], row["target"], "the prompt")
+        clashes += [
+            f"{name(position)} has {text!r} in its `rephrases` and {name(owners[text])} in its `train_rephrases`: what is trained on "
+            "cannot be scored, leave it out of one of them"
+            for text in row["rephrases"]
+            if text in owners
+        ]
     return clashes
 
 

@@ -19,7 +19,7 @@ from pyarrow.dataset import ParquetFileFormat
 from pyarrow.fs import LocalFileSystem
 
 from .edit import Edit, EditError
-from .edit_set import EditSet, describe_clashes, merge_probes, store_edits
+from .edit_set import EditSet, describe_clashes, describe_crossed, merge_probes, store_edits
 from .formats import foreign_columns, to_fields
 from .rows import CHUNK
 
@@ -120,6 +120,8 @@ def load_edits(
     clashes = describe_clashes(list(kept.values()), [places[position] for position in kept])
     if any("is in conflict with" in clash for clash in clashes):
         clashes.append("to settle conflicts, remove one of each two, or load with `on_conflict='first'` or `'last'`")
+    if len(kept) == len(suspects):  # or else they are looked for in what is left
+        clashes += describe_crossed(edits, lambda position: f"{noun} {numbers[position]}")
     if faults or clashes:
         raise EditDataError(title, faults + clashes)
     if foreign:

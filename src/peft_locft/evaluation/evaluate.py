@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..edits import EditSet
 from ..edits.contexts import CONTEXTS, check_contexts
+from ..tuner.temporary import unedited
 from .questions import Answer, Question, ask, drafts_of, questions_of
 from .results import EditResults
 
@@ -74,7 +75,7 @@ def evaluate_edits(
             start = time.perf_counter()
             if before is None:
                 # Without drafts: the unedited model hardly ever answers with the target.
-                with model.disable_adapter():
+                with unedited(model):
                     old = ask(model, tokenizer, questions, batch_size=batch_size, description=title("unedited", part))
             else:
                 old = before[asked : asked + len(questions)]

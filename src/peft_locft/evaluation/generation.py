@@ -68,8 +68,10 @@ def generate_greedy(
         `list[list[int]]`: For each prompt the generated tokens, up to and with the first EOS.
 
     Raises:
-        `ValueError`: If there are not as many limits, or drafts, as prompts.
+        `ValueError`: If there are not as many limits, or drafts, as prompts, or `batch_size` is less than 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}, expected at least 1")
     drafts = [None] * len(prompts) if drafts is None else drafts
     for name, given in (("max_new_tokens", max_new_tokens), ("drafts", drafts)):
         if len(given) != len(prompts):

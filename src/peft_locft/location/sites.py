@@ -62,4 +62,4 @@ def _contribution(module: nn.Module) -> nn.Module:
     """
     if "residual" not in inspect.signature(module.forward).parameters:
         return module
-    return [part for part in module.modules() if is_linear(part)][-1]
+    return module.get_submodule(find_weights(module)[-1].module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..edits import Edit
+from ..edits import Edit, load_edits
 from ..edits.tokens import encode_answers, load_tokenizer
 from ..tuner.temporary import evaluating
 from ..tuner.weights import base_of
@@ -141,7 +142,7 @@ def trace(
 def trace_edits(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    edits: Iterable[Edit],
+    edits: Iterable[Edit] | str | os.PathLike,
     *,
     answers: str = "model",
     noise: float | None = None,
@@ -161,8 +162,8 @@ def trace_edits(
             A decoder of transformers, with what its active adapters put into it.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its fast tokenizer.
-        edits (`Iterable[Edit]`):
-            The facts: edits with a subject, such as an [`EditSet`].
+        edits (`Iterable[Edit]`, `str` or `os.PathLike`):
+            The facts: edits with a subject, such as an [`EditSet`], or the file that [`load_edits`] reads them from.
         answers (`str`, *optional*, defaults to `"model"`):
             `"model"`: what the model itself says next, right or wrong, is traced, because the target of an edit is
             what it does not know yet. `"target"`: the targets are true facts, and those are traced that the model
@@ -188,6 +189,8 @@ def trace_edits(
     """
     if answers not in ("model", "target"):
         raise ValueError(f"`answers` is {answers!r}, expected 'model' or 'target'")
+    if isinstance(edits, (str, os.PathLike)):
+        edits = load_edits(edits, on_conflict="first")  # two answers to one prompt are one fact to trace
     tracer = _tracer(model, noise, copies, window, batch_size, seed)
     rows, facts = [], []
     for edit in edits:

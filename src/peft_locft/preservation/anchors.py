@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits.tokens import encode_prompts
 from ..evaluation import generate_greedy
+from ..tuner.temporary import evaluating
 from .statistics import padded
 
 
@@ -89,7 +90,8 @@ def make_anchors(
         for row, number in enumerate(chosen):
             sequence, first = sequences[number]
             said[row, first : len(sequence) - 1] = True
-        states = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[said].float()
+        with evaluating(model):
+            states = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[said].float()
         log_probs, tokens = states.log_softmax(-1).topk(min(_KEPT, states.shape[-1] - 1))
         parts = said.sum(1).tolist()
         for number, some, probable in zip(chosen, log_probs.split(parts), tokens.split(parts)):

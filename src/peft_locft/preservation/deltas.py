@@ -92,10 +92,12 @@ def trained_deltas(model: PeftModel, term: str) -> list[Delta]:
 
 def _find(model: PeftModel) -> Iterator[Delta]:
     for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        for adapter in layer.active_adapters:
-            if isinstance(layer, LocFTLinear) and adapter in layer.locft_delta:
-                yield Delta(name, layer, adapter)
-            elif isinstance(layer, LoraLinear) and adapter in layer.lora_A and adapter not in layer.lora_variant:
-                yield Delta(name, layer, adapter)
+        for adapter in layer.active_adapters if isinstance(layer, BaseTunerLayer) else ():
+            if isinstance(layer, LocFTLinear):
+                is_known = adapter in layer.locft_delta
+            else:
+                is_known = (
+                    isinstance(layer, LoraLinear) and adapter in layer.lora_A and adapter not in layer.lora_variant
+                )
+            if is_known and (delta := Delta(name, layer, adapter)).factor().weight.requires_grad:
+                yield delta

@@ -24,6 +24,7 @@ _BESIDE = {
     "fc_out": ("fc_in",),  # GPT-J, CodeGen
     "fc2": ("fc1",),  # Phi, OPT, BioGPT, XGLM
     "output_linear": ("input_linear",),  # GraniteMoeShared
+    "w2": ("w3",),  # LFM2
 }
 
 
@@ -80,6 +81,8 @@ def find_places(
         raise ValueError(
             f"the config of {type(model).__name__} has no `num_hidden_layers`: it has no layers to search"
         )
+    if isinstance(layers, int):
+        raise ValueError(f"`layers` is {layers}, expected a list of numbers, such as [{layers}]")
     outside = [layer for layer in layers or () if not -count <= layer < count]
     if outside:
         raise_layers_out_of_range(outside, count)

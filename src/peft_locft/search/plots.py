@@ -32,10 +32,10 @@ def plot_search(results: SearchResults, path: str | os.PathLike) -> None:
     for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names):
         values = [[float("nan")] * len(layers) for _ in groups]
         for row in ranked:
-            values[groups.index(row.group)][layers.index(row.layer)] = row.scores[name]
-        # Of perplexity, less is better: bright is good in all panels.
-        colors = "viridis_r" if name == "perplexity" else "viridis"
-        image = axes.imshow(values, aspect="auto", cmap=colors, interpolation="nearest")
+            values[groups.index(row.group)][layers.index(row.layer)] = row.scores.get(name, float("nan"))
+        # Of perplexity, less is better: bright is good in all panels. A ruined model's is larger by powers of ten.
+        colors, scale = ("viridis_r", "log") if name == "perplexity" else ("viridis", "linear")
+        image = axes.imshow(values, aspect="auto", cmap=colors, norm=scale, interpolation="nearest")
         stopped = [row for row in ranked if row.rung < ranked[0].rung]
         axes.scatter(
             [layers.index(row.layer) for row in stopped],

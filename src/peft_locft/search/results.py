@@ -117,7 +117,7 @@ class SearchResults:
         Returns:
             `tuple[str, str]`: Their names.
         """
-        scores = self.rows[0].scores
+        scores = self.finalists[0].scores  # a first rung of few edits may have had no question for some of them
         learned = "generalization" if "generalization" in scores else "reliability"
         return learned, next((name for name in ("capability", "locality") if name in scores), "reliability")
 
@@ -139,7 +139,7 @@ class SearchResults:
 
     def score_names(self) -> list[str]:
         """Return the names of the scores that were measured (`list[str]`)."""
-        scores = self.rows[0].scores
+        scores = dict.fromkeys(name for row in self.rows for name in row.scores)
         first = [name for name in (*METRICS, "capability") if name in scores]
         return [*first, *(name for name in scores if name not in first)]
 
@@ -158,7 +158,7 @@ class SearchResults:
         lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
         for row in self.ranked()[:most]:
             cells = [row.layer, row.group, row.rung, row.edits, row.epochs, f"{row.learning_rate:.3g}"]
-            cells += [f"{row.scores[name]:.3f}" for name in names]
+            cells += [f"{row.scores[name]:.3f}" if name in row.scores else "" for name in names]
             cells += [f"{row.score:.3f}", "★" if row in front else "", f"{row.seconds:.1f}"]
             lines.append(f"| {' | '.join(map(str, cells))} |")
         return "\n".join(lines) + "\n"

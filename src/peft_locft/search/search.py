@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..edits import EditSet, load_edits
 from ..edits.tokens import load_tokenizer
 from ..trainer import EditConfig
-from ..trainer.preserving import fill_samples
+from ..trainer.preserving import fill_samples, read_texts
 from ..trainer.setup import check_decoder, load_model
 from ..tuner.fingerprint import tokenizer_fingerprint
 from ..tuner.temporary import evaluating
@@ -33,11 +33,12 @@ from .scoring import Scorer, check_metrics
 from .sweep import Sweep
 
 
-# Arguments of a run that change nothing of what it finds.
+# Arguments of a run that change nothing of what it finds, in full or, with an underscore at the end, by their beginning.
 _WITHOUT_EFFECT = re.compile(
-    "output_dir|logging|log_|report_to|run_name|project|trackio|disable_tqdm|hub_|push_|save_|load_best|eval_|do_|"
-    "per_device_eval|dataloader|prefix_cache|resume|skip_memory|include_"
+    "(output_dir|report_to|run_name|project|disable_tqdm|prefix_cache|prefix_cache_memory|"
+    "(logging|log|trackio|hub|push|save|load_best|eval|do|per_device_eval|dataloader|resume|skip_memory|include)_.*)"
 )
+_WORK_NAME = ".search_work"
 
 
 def search_locations(
@@ -109,7 +110,7 @@ def search_locations(
     ```
     """
     args = copy.copy(args) if args is not None else EditConfig()
-    _check(model, args, sample, rungs)
+    _check(model, args, sample, rungs, output_dir)
     check_metrics(metrics)
     edits = load_edits(edits)
     if isinstance(model, str):
@@ -118,14 +119,18 @@ def search_locations(
     tokenizer = tokenizer or load_tokenizer(model)
     places = find_places(model, layers, groups)
     edits = EditSet([edits[i] for i in random.Random(args.seed).sample(range(len(edits)), min(sample, len(edits)))])
+    for name in ("preservation_prompts", "preservation_texts"):
+        # Read here, so that a search is told from one with another text in the same file.
+        if isinstance(given := getattr(args, name), str):
+            setattr(args, name, read_texts(given, name))
     plan = plan_rungs(len(places), len(edits), math.ceil(args.num_train_epochs), rungs)
     settings = {
-        "edits": hashlib.sha256(edits.to_jsonl().encode()).hexdigest(),
+        "edits": _hash(edits.to_jsonl()),
         "places": [[place.layer, place.module] for place in places],
         "rungs": [list(rung) for rung in plan],
-        "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest() if texts is not None else None,
+        "texts": _hash("\0".join(texts)) if texts is not None else None,
         "metrics": sorted(metrics or {}),
-        **{name: str(value) for name, value in args.to_dict().items() if not _WITHOUT_EFFECT.match(name)},
+        **{name: _brief(value) for name, value in args.to_dict().items() if not _WITHOUT_EFFECT.fullmatch(name)},
     }
     with ExitStack() as stack:
         journal = None
@@ -133,7 +138,7 @@ def search_locations(
             identity = {"model": model_hash(model), "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
             journal = Journal(Path(output_dir) / JOURNAL_NAME, identity)
         # For states that are too many for the memory. A search that was killed may have left it.
-        work = Path(output_dir) / "work" if output_dir is not None else Path(tempfile.mkdtemp())
+        work = Path(output_dir) / _WORK_NAME if output_dir is not None else Path(tempfile.mkdtemp())
         stack.callback(shutil.rmtree, work, ignore_errors=True)
         stack.enter_context(_as_it_was(model))
         if not hasattr(model, "hf_device_map"):
@@ -147,12 +152,19 @@ def search_locations(
     return SearchResults(rows, scorer.before, found)
 
 
-def _check(model: Any, args: EditConfig, sample: int, rungs: int) -> None:
+def _check(model: Any, args: EditConfig, sample: int, rungs: int, output_dir: str | os.PathLike | None) -> None:
     if isinstance(model, PeftModel):
         raise ValueError("`model` is a PeftModel: give the base model, on which the search puts adapters of its own")
     for name, value in (("sample", sample), ("rungs", rungs)):
         if type(value) is not int or value < 1:
             raise ValueError(f"`{name}` is {value!r}, expected an integer of at least 1")
+    if output_dir is not None and Path(output_dir).is_file():
+        raise ValueError(f"`output_dir` is {output_dir}, which is a file: give a folder")
+    if args.recipe == "locaedit":
+        raise ValueError(
+            "`recipe` is 'locaedit', which chooses layers by tracing and trains LoRA, so that there is no place to search for: "
+            "give 'paper' or 'careful', or its KL term alone, `kl_weight=1`"
+        )
     if args.max_steps > 0:
         raise ValueError(
             f"`max_steps` is {args.max_steps}: a search shares epochs out, so give `num_train_epochs` instead"
@@ -161,6 +173,16 @@ def _check(model: Any, args: EditConfig, sample: int, rungs: int) -> None:
         raise ValueError(
             "`offload_prefix` is True: a search trains in all layers, so none can stay outside the device. Leave it out"
         )
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _brief(value: Any) -> str:
+    """An argument as text, of which a long one, such as a thousand questions, is told by its hash."""
+    text = str(value)
+    return text if len(text) <= 200 else _hash(text)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..edits import EditSet
 from ..trainer import EditConfig, EditTrainer
 from ..trainer.prefix_cache import shared_prefix_states
+from ..trainer.preserving import shared_anchors
 from .journal import Journal
 from .places import Place
 from .results import Trial
@@ -65,7 +66,7 @@ class Sweep:
                 done = {row.place for row in self.rows if row.rung == number}
                 waiting = [place for place in places if place not in done]
                 bar.set_description(f"Rung {number} of {len(plan)}, {len(places)} places, {rung.edits} edits")
-                with shared_prefix_states({place.layer for place in waiting}):
+                with shared_prefix_states({place.layer for place in waiting}), shared_anchors():
                     for place in waiting:
                         bar.set_postfix_str(str(place))
                         self._add(self._try(place, number, rung))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..edits import Edit
 from ..edits.contexts import in_context
@@ -15,9 +15,17 @@ _TO_A_PREFIX = (
     4  # with words left out, forms are as short as the prompt: they are three of four, behind the first three
 )
 _LEFT_OUT = 0.35
+_TRIES = 8
 
 
-def contexts_of(edit: Edit, count: int, prefixes: Sequence[str], chat: str | None, seed: int) -> list[str]:
+def contexts_of(
+    edit: Edit,
+    count: int,
+    prefixes: Sequence[str],
+    chat: str | None,
+    seed: int,
+    is_free: Callable[[str, str], bool] = lambda form, target: True,
+) -> list[str]:
     """Return further forms of an edit's prompt: as a question to be answered, as a turn of a chat, and behind random text
     that the model said (LocFT-BF, appendix on data augmentation), and with words left out (random deletion,
     [arXiv 1901.11196](https://arxiv.org/abs/1901.11196)), so that it holds by its subject and not by its very words.
@@ -33,6 +41,9 @@ def contexts_of(edit: Edit, count: int, prefixes: Sequence[str], chat: str | Non
             A turn of a chat, of [`chat_form`]; `None` where there are no chats.
         seed (`int`):
             The seed of the choices.
+        is_free (`Callable[[str, str], bool]`, *optional*):
+            Whether a form may be trained with a target. Where no words can be left out without one that may
+            not, the bare prompt stands.
 
     Returns:
         `list[str]`: `count` prompts.
@@ -45,7 +56,8 @@ def contexts_of(edit: Edit, count: int, prefixes: Sequence[str], chat: str | Non
             words = choice.choice(prefixes).split()[: choice.randint(*_PREFIX_WORDS)]
             forms.append(f"{' '.join(words)}. {edit.prompt}")
         else:
-            forms.append(_thinned(edit, choice))
+            thinned = (_thinned(edit, choice) for _ in range(_TRIES))
+            forms.append(next((form for form in thinned if is_free(form, edit.target)), edit.prompt))
     return forms[:count]
 
 
@@ -78,7 +90,7 @@ def every_way(prompt: str, chat: str | None) -> list[str]:
     Returns:
         `list[str]`: Three or four prompts.
     """
-    return [prompt, prompt.lower().rstrip("?. "), *_asked(prompt, chat)]
+    return [prompt, prompt.lower().rstrip("?. ") or prompt, *_asked(prompt, chat)]
 
 
 def _thinned(edit: Edit, choice: random.Random) -> str:
@@ -88,10 +100,12 @@ def _thinned(edit: Edit, choice: random.Random) -> str:
     subject = range(first, first + len(edit.subject)) if first >= 0 else None
 
     def is_kept(word: re.Match) -> bool:
-        if subject is None:  # names and numbers may be of the subject; the first word is a capital one anyhow
-            return any(not letter.islower() for letter in word[0] if letter.isalnum()) and word.start() > 0
+        if subject is None:  # names and numbers may be of the subject
+            return any(not letter.islower() for letter in word[0] if letter.isalnum())
         return word.start() < subject.stop and word.end() > subject.start
 
+    if not any(map(is_kept, words)):
+        return edit.prompt  # whatever is left out might be the name
     kept = [word[0] for word in words if word is words[-1] or is_kept(word) or choice.random() >= _LEFT_OUT]
     return "".join(kept)
 

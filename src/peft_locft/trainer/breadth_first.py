@@ -57,7 +57,7 @@ class BreadthFirstTrainer(PublishingTrainer):
             resume_from_checkpoint = self._prepare_resume(resume_from_checkpoint)
         elif not self.state.global_step:
             check_output_dir(self.args.output_dir)
-            forget_samples(self.args.output_dir)
+            forget_samples(self.args)
             set_seed(self.args.seed)
         with ExitStack() as stack:
             self._preservation = stack.enter_context(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
 from ..edits.contexts import CONTEXTS, check_contexts
+from ..tuner.messages import cut
 from .recipes import RECIPES, TERMS
 
 
@@ -251,15 +254,21 @@ class EditConfig(TrainingArguments):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__()
-        for name in (
-            *("skip_loss", "stop_loss", "contexts", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth"),
-        ):
-            if getattr(self, name) < 0:
+        for name in ("skip_loss", "stop_loss", "recheck_epochs", *TERMS):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 (off) or more")
+        for name in ("recheck_epochs", "contexts"):
+            if getattr(self, name) != int(getattr(self, name)):
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a whole number")
+        for name in ("preservation_prompts", "preservation_texts"):
+            setattr(self, name, _checked_texts(getattr(self, name), name))
         check_contexts(self.eval_contexts)
-        for name in ("recheck_epochs", "prefix_cache_memory"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more")
+        if self.per_device_eval_batch_size < 1:
+            raise ValueError(
+                f"`per_device_eval_batch_size` is {self.per_device_eval_batch_size}, expected at least 1 question"
+            )
+        if not self.prefix_cache_memory >= 0:
+            raise ValueError(f"`prefix_cache_memory` is {self.prefix_cache_memory}, expected 0 or more")
         if self.frozen_dtype not in (None, "auto", "bfloat16", "float16"):
             raise ValueError(
                 f"`frozen_dtype` is {self.frozen_dtype!r}, expected 'auto', 'bfloat16', 'float16' or None"
@@ -297,3 +306,12 @@ class EditConfig(TrainingArguments):
             raise ValueError(
                 f"`skip_loss` is {self.skip_loss} with DeepSpeed, which cannot leave out a step: use `skip_loss=0`"
             )
+
+
+def _checked_texts(given: Any, name: str) -> list[str] | str | None:
+    if given is None or isinstance(given, (str, os.PathLike)):
+        return None if given is None else os.fspath(given)
+    texts = list(given) if isinstance(given, (list, tuple)) else None
+    if texts is None or any(not isinstance(text, str) for text in texts):
+        raise ValueError(f"`{name}` is {cut(given)}, expected the path of a text file, or a list of texts")
+    return texts

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import random
-import warnings
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedTokenizerBase
 
-from ..edits import Edit, EditSet
 from ..edits.rows import write_rows
 from ..preservation import Anchor
-from .augmentation import contexts_of, drawn_form
-from .data import FEATURES, IGNORED, tokenize_forms
+from .augmentation import drawn_form
+from .data import FEATURES, IGNORED
 
 
 # With batches of a hundred edits, as many again would take most of a step's time. All settings of docs/log.md had 25.
@@ -40,6 +36,8 @@ class TrainingPool:
             All of these, in this order.
         epoch (`int`):
             The epoch that is trained, from 0.
+        most_forms (`int`):
+            How many forms the edit with the most of them has, with its bare prompt.
     """
 
     def __init__(self, bare: Dataset, forms: Dataset | None = None, anchors: Sequence[Anchor] = (), seed: int = 0):
@@ -49,6 +47,7 @@ class TrainingPool:
         if forms is not None:
             counts += torch.bincount(torch.as_tensor(forms["index"][:], dtype=torch.long), minlength=self._edits)
         self._forms = counts + 1  # (edits,), with the bare prompt
+        self.most_forms = int(self._forms.max())
         self._further = self._edits + torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])  # (edits + 1,)
         parts = [bare, *([forms] if forms is not None else [])]
         if anchors:
@@ -106,56 +105,3 @@ def _anchor_row(anchor: Anchor) -> dict:
     # Labelled from behind the first position whose next token was said: which these are matters, not what they are.
     ids, first = anchor.input_ids, anchor.first + 1
     return {"index": -1, "input_ids": ids, "labels": [IGNORED] * first + ids[first:]}
-
-
-def make_forms(
-    edits: EditSet,
-    contexts: int,
-    prefixes: Sequence[str],
-    chat: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    seed: int,
-) -> Dataset | None:
-    """Encode the further forms of all edits: their `train_rephrases`, and each in several contexts.
-
-    Args:
-        edits ([`EditSet`]):
-            The edits.
-        contexts (`int`):
-            How many contexts an edit gets.
-        prefixes (`Sequence[str]`):
-            Texts whose beginnings stand before prompts.
-        chat (`str`, *optional*):
-            A turn of a chat, of [`chat_form`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
-        max_length (`int`, *optional*):
-            The longest sequence that the model takes, in tokens.
-        seed (`int`):
-            The run's seed.
-
-    Returns:
-        [`~datasets.Dataset`] or `None`: Rows of [`tokenize_forms`]; `None` if there are none.
-    """
-
-    asked = 0
-
-    def forms() -> Iterator[tuple[int, str, Edit]]:
-        nonlocal asked
-        for index, edit in enumerate(edits):
-            further = contexts_of(edit, contexts, prefixes, chat, seed) if contexts else []
-            for prompt in chain(edit.train_rephrases, further):
-                asked += 1
-                yield index, prompt, edit
-
-    if not contexts and not any(edit.train_rephrases for edit in edits):
-        return None
-    rows = write_rows(tokenize_forms(forms(), tokenizer, max_length), FEATURES)
-    if len(rows) < asked:
-        warnings.warn(
-            f"{asked - len(rows)} of {asked} further forms of edits are not trained on: with their targets, they are longer than "
-            f"the {max_length} tokens that `max_length`, the tokenizer and the model's context allow",
-            stacklevel=2,
-        )
-    return rows

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..tuner import layer_index, layers_name
-from ..tuner.temporary import replaced_forwards
+from ..tuner.temporary import replaced_forwards, unedited
 from .batches import EditCollator
 from .config import EditConfig
 from .exactness import warn_off
@@ -167,7 +167,7 @@ class _SharedStates:
             layers, _ = _layers_from(model)
             self.layers = [layers[number] for number in self.numbers]
             self.dtype, self.tokens = dtype, tokens
-            with model.disable_adapter():
+            with unedited(model):
                 self.store, self.starts = _build(model, prefix, self.layers, dataset, args, pad_token_id, dtype)
         place = self.numbers.index(number)
         if self.layers[place] is not prefix.first or dtype != self.dtype or not tokens.equals(self.tokens):

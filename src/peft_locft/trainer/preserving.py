@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,9 +35,11 @@ from ..preservation import (
     squared_norm,
     trained_deltas,
 )
+from ..tuner.temporary import unedited
 from .augmentation import every_way, varied
 from .config import EditConfig
-from .pool import TrainingPool, make_forms
+from .forms import make_forms
+from .pool import TrainingPool
 
 
 FOLDER_NAME = "preservation"
@@ -43,6 +47,8 @@ _SAMPLES_NAME = "samples.json"
 _QUESTIONS, _TEXTS, _TEXT_TOKENS = 1000, 256, 128
 _ANSWER_TOKENS, _ANCHOR_TOKENS = 8, 32
 _MOST = 1000
+# What the unedited model says, where several adapters of one model are trained; empty until the first one is.
+_SHARED_ANCHORS: ContextVar[list[Anchor] | None] = ContextVar("_SHARED_ANCHORS", default=None)
 
 
 @dataclass
@@ -121,28 +127,22 @@ def preserving(
         deltas = trained_deltas(model, asked[0])  # first, because all else takes minutes
     folder = Path(args.output_dir) / FOLDER_NAME
     samples = _Samples(model, tokenizer, args, folder)
+    projection = None
+    if args.projector:
+        projection = Projection(deltas, _statistics(model, tokenizer, deltas, samples, args, folder), args.projector)
     prefixes = samples.texts if args.contexts else []
     chat = samples.chat if args.contexts or args.kl_weight else None
     forms = make_forms(edits, args.contexts, prefixes, chat, tokenizer, max_length, args.seed)
-    anchors: list[Anchor] = []
-    if args.kl_weight:
-        with model.disable_adapter():
-            anchors = make_anchors(
-                model,
-                tokenizer,
-                varied(samples.questions, chat),
-                samples.texts,
-                answer_length=_ANSWER_TOKENS,
-                text_length=_ANCHOR_TOKENS,
-                max_length=max_length,
-            )
+    anchors = _anchors(model, tokenizer, samples, chat, max_length) if args.kl_weight else []
     pool = TrainingPool(bare, forms, anchors, args.seed)
+    if args.max_steps <= 0 and args.num_train_epochs < pool.most_forms:
+        warnings.warn(
+            f"an edit has up to {pool.most_forms} forms, of which each of the {args.num_train_epochs:g} epochs trains one, so that "
+            "some bare prompts are never trained: give more `num_train_epochs`, or fewer `contexts` or `train_rephrases`",
+            stacklevel=2,
+        )
     with ExitStack() as stack:
-        projection = None
-        if args.projector:
-            projection = Projection(
-                deltas, _statistics(model, tokenizer, deltas, samples, args, folder), args.projector
-            )
+        if projection is not None:
             stack.enter_context(projection.applied())
         if args.max_delta or args.max_growth:
             limits = LimitCallback(deltas, args.max_delta, args.max_growth)
@@ -151,9 +151,43 @@ def preserving(
         yield Preservation(pool, deltas, projection, args.kl_weight, args.l2_weight)
 
 
-def forget_samples(output_dir: str) -> None:
-    """Delete what a run that was not resumed left: it may have been of another model."""
-    shutil.rmtree(Path(output_dir) / FOLDER_NAME, ignore_errors=True)
+@contextmanager
+def shared_anchors() -> Iterator[None]:
+    """Within this context, one model is trained at several places with the same arguments, and asked once what it says."""
+    token = _SHARED_ANCHORS.set([])
+    try:
+        yield
+    finally:
+        _SHARED_ANCHORS.reset(token)
+
+
+def forget_samples(args: EditConfig) -> None:
+    """Delete what a run that was not resumed left, which may have been of another model; not what the arguments name."""
+    folder = Path(args.output_dir) / FOLDER_NAME
+    (folder / _SAMPLES_NAME).unlink(missing_ok=True)
+    if args.statistics is None or Path(args.statistics).resolve() != folder.resolve():
+        (folder / STATISTICS_NAME).unlink(missing_ok=True)
+
+
+def _anchors(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, samples: _Samples, chat: str | None, max_length: int | None
+) -> list[Anchor]:
+    shared = _SHARED_ANCHORS.get()
+    if shared:
+        return shared
+    with unedited(model):
+        anchors = make_anchors(
+            model,
+            tokenizer,
+            varied(samples.questions, chat),
+            samples.texts,
+            answer_length=_ANSWER_TOKENS,
+            text_length=_ANCHOR_TOKENS,
+            max_length=max_length,
+        )
+    if shared is not None:
+        shared += anchors
+    return anchors
 
 
 class _Samples:
@@ -161,6 +195,8 @@ class _Samples:
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: EditConfig, folder: Path):
         self._model, self._tokenizer, self._args, self._path = model, tokenizer, args, folder / _SAMPLES_NAME
+        if args.contexts or args.kl_weight or (args.projector and args.statistics is None):
+            self._check_given()
 
     @cached_property
     def questions(self) -> Sequence[str]:
@@ -181,12 +217,33 @@ class _Samples:
         return random.Random(self._args.seed).sample(texts, _MOST) if len(texts) > _MOST else texts
 
     def _said(self, kind: str) -> Any:
-        known = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+        known = self._known()
         if kind not in known:
-            with self._model.disable_adapter():
+            with unedited(self._model):
                 known[kind] = _say(kind, self._model, self._tokenizer, self._args.seed)
-            write_atomically(self._path, json.dumps(known, ensure_ascii=False, indent=1))
+            self._keep(known)
         return known[kind]
+
+    def _check_given(self) -> None:
+        """Refuse to go on with other texts than the run was begun with, of which its statistics may be."""
+        given = {"contexts": self._args.contexts}
+        for field in ("preservation_prompts", "preservation_texts"):
+            texts = "\0".join(self._own(field))
+            given[field] = hashlib.sha256(texts.encode()).hexdigest() if texts else None
+        known = self._known()
+        earlier = known.setdefault("given", given)
+        if differing := [name for name in given if given[name] != earlier[name]]:
+            raise ValueError(
+                f"the run in {self._path.parent.parent} was begun with other {', '.join(map(repr, differing))} than given now: "
+                "resume with the same, or start a new run in another folder"
+            )
+        self._keep(known)
+
+    def _known(self) -> dict[str, Any]:
+        return json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+
+    def _keep(self, known: dict[str, Any]) -> None:
+        write_atomically(self._path, json.dumps(known, ensure_ascii=False, indent=1))
 
 
 def _say(kind: str, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> Any:
@@ -258,7 +315,7 @@ def _statistics(
     base = model.get_base_model()
     names = [delta.name for delta in deltas]
     asked = [form for question in samples.questions for form in every_way(question, samples.chat)]
-    with model.disable_adapter():
+    with unedited(model):
         parts = [input_statistics(base, tokenizer, some, names) for some in (samples.texts, asked) if some]
     # Half of it questions: what all of them have in common shall not be what an edit is told by. As a part of the texts
     # they would be lost, because they are short (docs/log.md).

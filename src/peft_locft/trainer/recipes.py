@@ -49,6 +49,7 @@ def recipe_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     edits: EditSet | None = None,
+    projector: float = 0.0,
     show_progress: bool = True,
 ) -> PeftConfig:
     """Return where and how a recipe trains, for a trainer that was given no `peft_config`.
@@ -62,6 +63,8 @@ def recipe_config(
             Its tokenizer, for LocaEdit.
         edits ([`EditSet`], *optional*):
             The edits, for LocaEdit, which traces what the model knows about their subjects.
+        projector (`float`, *optional*, defaults to `0.0`):
+            That of the training arguments, which needs linear modules.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar while it does.
 
@@ -70,14 +73,26 @@ def recipe_config(
         early layers; for `"locaedit"`, LoRA on the MLPs of the layers that causal tracing proposes.
 
     Raises:
-        `ValueError`: If `"locaedit"` finds no edit that it can trace.
+        `ValueError`: If `"locaedit"` finds no edit that it can trace, or the model's MLPs are fused experts, which LoRA and the
+            projector do not know.
     """
     if recipe == "paper":
         return LocFTConfig.recommended(model)
     if recipe == "careful":
         layers = careful_layers(num_layers(model.config) or 1)
-        return LocFTConfig(layers=layers, target_modules=[default_module(model, layers)], task_type="CAUSAL_LM")
+        module = default_module(model, layers)
+        if "experts" in module and projector:
+            raise ValueError(
+                f"the recipe 'careful' puts a projector before the MLPs' down projections, which are {module} in this model, fused "
+                "experts that it does not know: give `projector=0`, or a `peft_config` of linear modules, such as attention's"
+            )
+        return LocFTConfig(layers=layers, target_modules=[module], task_type="CAUSAL_LM")
     facts = [edit for edit in edits if edit.subject][:_TRACED]
+    if not facts:
+        raise ValueError(
+            f"the recipe 'locaedit' traces what the model knows about the edits' subjects: got {len(edits)} edits without a "
+            "`subject`, expected some with one. Give subjects, or take another recipe"
+        )
     results = trace_edits(model, tokenizer, facts, show_progress=show_progress)
     layers = layers_from_tracing(results)
     module = default_module(model, layers)

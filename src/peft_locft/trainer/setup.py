@@ -53,7 +53,7 @@ def automatic_learning_rate(model: PeftModel, factor: float) -> float:
         # Fused experts, (experts, out_features, in_features), have no width of their own.
         getattr(module, "in_features", None) or max(p.shape[-1] for p in module.parameters() if p.requires_grad)
         for module in model.modules()
-        if isinstance(module, LocFTLayer)
+        if isinstance(module, LocFTLayer) and any(p.requires_grad for p in module.parameters())
     ]
     return factor * _PAPER_RATE * _PAPER_WIDTH / max(widths) if widths else _OTHER_RATE
 

@@ -140,7 +140,9 @@ class EditTrainer(BreadthFirstTrainer):
             if peft_config is None:
                 if args.recipe == "locaedit" and not _is_placed(model):
                     model.to(args.device)  # which the Trainer does only later, and tracing takes its time
-                peft_config = recipe_config(args.recipe, model, processing_class, self.edits, not args.disable_tqdm)
+                peft_config = recipe_config(
+                    args.recipe, model, processing_class, self.edits, args.projector, not args.disable_tqdm
+                )
             peft_config = copy.deepcopy(peft_config)
             peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
             model = get_peft_model(model, peft_config)

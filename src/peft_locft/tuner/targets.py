@@ -38,6 +38,7 @@ DOWN_PROJECTIONS = (
     "fc2",  # OPT, BioGPT, XGLM
     "ffn.down_proj",  # MPT
     "feed_forward.down_proj",  # Llama 4's and Jamba's dense layers
+    "feed_forward.w2",  # LFM2
     "mlp.shared_expert.down_proj",  # Qwen2-MoE
     "mlp.shared_experts.down_proj",  # DeepSeek
     "shared_mlp.output_linear",  # GraniteMoeShared

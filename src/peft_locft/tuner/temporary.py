@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from peft import PeftModel
 from torch import nn
 
 
@@ -23,6 +24,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def unedited(model: PeftModel) -> Iterator[None]:
+    """Within this context, a model is as it was before its adapters. Afterwards, what was frozen is frozen: PEFT's
+    `disable_adapter` lets every active adapter be trained when it ends.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+    """
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)
 
 
 @contextmanager

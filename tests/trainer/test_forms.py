@@ -1,0 +1,168 @@
+"""The forms that an edit is trained in beside its bare prompt."""
+
+import pytest
+
+from peft_locft import Edit, EditConfig, EditSet
+from peft_locft.edits.contexts import chat_form
+from peft_locft.trainer.augmentation import contexts_of, drawn_form, varied
+from peft_locft.trainer.forms import make_forms
+
+
+TEXTS = ["Peru is a country. Its people speak many tongues.", "Norway lies in the north of Europe, and Oslo too."]
+QUESTIONS = ["What is the capital of Spain?", "Who was the king of Norway?", "Where is Cuba?"]
+KEPT = {"preservation_prompts": QUESTIONS, "preservation_texts": TEXTS}
+
+
+def test_an_epoch_visits_every_edit_once_in_one_of_its_forms(make_trainer, tokenizer, edits):
+    rephrased = EditSet(
+        Edit(edit.prompt, edit.target, train_rephrases=[f"Name the capital of {edit.subject}:"]) for edit in edits
+    )
+    trainer = make_trainer(train_dataset=rephrased, contexts=2, num_train_epochs=4, stop_loss=0, **KEPT)
+    seen, pool = [], None
+    draw = type(trainer.data_collator).__call__
+
+    class Watched(type(trainer.data_collator)):
+        def __call__(self, rows):
+            nonlocal pool
+            if self.pool is not None:
+                pool = self.pool
+                seen.extend((pool.epoch, row["index"], tokenizer.decode(pool.drawn(row)["input_ids"])) for row in rows)
+            return draw(self, rows)
+
+    trainer.data_collator.__class__ = Watched
+    trainer.train()
+    for epoch in range(4):
+        assert sorted(index for when, index, _ in seen if when == epoch) == list(range(len(edits)))
+    for index, edit in enumerate(edits):
+        texts = {text for _, where, text in seen if where == index}
+        assert len(texts) == 4  # each form once in as many epochs
+        end = f" {edit.target}<eos>"
+        assert f"{edit.prompt}{end}" in texts
+        assert f"Name the capital of {edit.subject}:{end}" in texts
+        assert f"Question: {edit.prompt}\nAnswer:{end}" in texts
+
+
+def test_contexts_are_question_chat_prefixes_and_words_left_out(edits):
+    chat = "<user>{the prompt}<model>"
+    forms = contexts_of(edits[0], 8, TEXTS, chat, 0)
+    assert forms[0] == "Question: The capital of Kazakhstan is\nAnswer:"
+    assert forms[1] == "<user>The capital of Kazakhstan is<model>"
+    for form in (forms[2], forms[6]):
+        assert form.endswith(". The capital of Kazakhstan is")
+        assert any(text.startswith(form.removesuffix(". The capital of Kazakhstan is")) for text in TEXTS)
+    assert {*forms[3:6], forms[7]} <= {
+        f"{head}Kazakhstan is" for head in ("", "The ", "capital ", "of ", "The capital ", "The of ", "capital of ")
+    } | {edits[0].prompt}
+    assert forms == contexts_of(edits[0], 8, TEXTS, chat, 0)
+    assert contexts_of(edits[0], 1, TEXTS, chat, 0) == forms[:1]
+    assert len(contexts_of(edits[0], 4, TEXTS, None, 0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("edit", "kept"),
+    [
+        (
+            Edit("Who wrote the play  called The Cherry Orchard?", "x", subject="The Cherry Orchard"),
+            "The Cherry Orchard?",
+        ),
+        (Edit("In which year was the firm of Acme made", "x"), "In Acme made"),  # no subject is given: names stay
+        (Edit("Reedy Glacier is in", "x"), "Reedy Glacier in"),
+        (Edit("where is the glacier called reedy", "x"), "where is the glacier called reedy"),  # any may be the name
+        (Edit("what is the sum of 17 and one", "x"), "17 one"),
+        (Edit("墨西哥的首都是哪里", "x"), "墨西哥的首都是哪里"),
+    ],
+    ids=["subject", "names", "a name first", "no capitals", "numbers", "no spaces"],
+)
+def test_words_are_left_out_but_those_of_the_subject_and_the_last(edit, kept):
+    thinned = [form for seed in range(3000) for form in contexts_of(edit, 5, TEXTS, None, seed)[2:]]
+    words = edit.prompt.split()
+    for form in thinned:
+        left = iter(words)
+        assert all(word in left for word in form.split())  # in their order
+        assert all(word in form.split() for word in kept.split())
+    assert any(" ".join(form.split()) == kept for form in thinned)
+    assert all(any(word not in form.split() for form in thinned) for word in set(words) - set(kept.split()))
+
+
+def test_questions_are_put_in_several_ways():
+    assert varied(["Who is it?"] * 3, None) == ["Who is it?", "who is it", "Question: Who is it?\nAnswer:"]
+    assert varied(["Who is it?"] * 5, "<{the prompt}>")[3:] == ["<Who is it?>", "Who is it?"]
+
+
+def test_a_chat_template_is_used_where_there_is_one(smollm, edits):
+    tokenizer = smollm[1]
+    chat = contexts_of(edits[0], 2, TEXTS, chat_form(tokenizer), 0)[1]
+    assert chat == tokenizer.apply_chat_template(
+        [{"role": "user", "content": edits[0].prompt}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_forms_come_in_turn(edits):
+    for edit in range(5):
+        for around in range(3):
+            epochs = range(around * 4, around * 4 + 4)
+            assert sorted(drawn_form(edit, 4, epoch, seed=1) for epoch in epochs) == [0, 1, 2, 3]
+    assert len({tuple(drawn_form(edit, 4, epoch, seed=1) for epoch in range(4)) for edit in range(20)}) > 5
+
+
+def test_forms_that_rest_would_be_missed(make_trainer, edits, tmp_path):
+    with pytest.raises(ValueError, match="`recheck_epochs` is 2 with `contexts=3`, expected one of them"):
+        EditConfig(output_dir=str(tmp_path), recheck_epochs=2, contexts=3)
+    rephrased = EditSet([Edit("One is", "two", train_rephrases=["Two is"]), Edit("Three is", "four")])
+    with pytest.raises(ValueError, match="`recheck_epochs` is 2 and edits have `train_rephrases`"):
+        make_trainer(train_dataset=rephrased, recheck_epochs=2)
+
+
+def test_forms_that_are_too_long_are_counted(make_trainer):
+    long = {"preservation_texts": ["word " * 10]}
+    with pytest.warns(
+        UserWarning, match=r"[1-9] of 16 further forms of edits are not trained on: .* the 25 tokens that"
+    ):
+        make_trainer(contexts=2, max_length=25, num_train_epochs=1, **long).train()
+
+
+_ABOUT = {
+    "mother": "Marie",
+    "mother tongue": "French",
+    "birth place": "Bordeaux",
+    "father": "Jean",
+    "occupation": "actress",
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_form_contradicts_another_edit_or_is_scored(tokenizer, seed):
+    edits = EditSet(
+        Edit(
+            f"The {what} of Danielle Darrieux is",
+            target,
+            subject="Danielle Darrieux",
+            rephrases=[f"{what} of Danielle Darrieux is"],
+            locality=[{"prompt": "The Danielle Darrieux is"}],
+        )
+        for what, target in _ABOUT.items()
+    )
+
+    def clashes(forms):
+        taught = {edit.prompt: {edit.target} for edit in edits}
+        for edit, form in forms:
+            taught.setdefault(form, set()).add(edit.target)
+        scored = {prompt for edit in edits for prompt in (*edit.rephrases, edit.locality[0].prompt)}
+        return [form for form, targets in taught.items() if len(targets) > 1 or form in scored]
+
+    apart = [(edit, form) for edit in edits for form in contexts_of(edit, 6, TEXTS, None, seed)]
+    assert clashes(apart)  # each edit by itself does not know of the others
+    rows = make_forms(edits, 6, TEXTS, None, tokenizer, None, seed)
+    assert len(rows) == 6 * len(edits)
+    found = []
+    for row in rows:
+        edit = edits[row["index"]]
+        found.append((edit, tokenizer.decode(row["input_ids"]).removesuffix(f" {edit.target}<eos>")))
+    assert not clashes(found)
+
+
+def test_more_forms_than_epochs_are_told(make_trainer):
+    with pytest.warns(
+        UserWarning, match="an edit has up to 7 forms, of which each of the 3 epochs trains one, so that some"
+    ):
+        make_trainer(contexts=6, num_train_epochs=3, **KEPT).train()

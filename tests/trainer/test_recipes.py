@@ -1,0 +1,69 @@
+"""The recipes: where they train, and how."""
+
+import pytest
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig
+from peft_locft.trainer.recipes import RECIPES, TERMS, careful_layers, recipe_config
+
+
+SMALL = {
+    **{"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("recipe", ["paper", "careful", "locaedit"])
+def test_recipes_choose_place_and_terms(make_trainer, make_model, tokenizer, edits, tmp_path, recipe):
+    args = EditConfig(output_dir=str(tmp_path / "run"), recipe=recipe, disable_tqdm=True, report_to="none")
+    trainer = EditTrainer(make_model(), args, edits, processing_class=tokenizer)
+    config = trainer.model.active_peft_config
+    if recipe == "locaedit":
+        assert isinstance(config, LoraConfig) and config.layers_to_transform
+        assert (args.kl_weight, args.contexts) == (RECIPES[recipe]["kl_weight"], 0)
+    else:
+        assert isinstance(config, LocFTConfig)
+        assert {name: getattr(args, name) for name in TERMS[:3]} == {name: RECIPES[recipe][name] for name in TERMS[:3]}
+    if recipe == "paper":
+        assert config.layers == LocFTConfig.recommended(make_model()).layers
+
+
+def test_a_field_of_the_users_wins_over_the_recipe(tmp_path):
+    args = EditConfig(output_dir=str(tmp_path), recipe="careful", kl_weight=0.0, num_train_epochs=3)
+    assert (args.kl_weight, args.num_train_epochs, args.contexts) == (0.0, 3, RECIPES["careful"]["contexts"])
+
+
+def test_an_unknown_recipe_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`recipe` is 'bold', expected one of 'paper', 'careful', 'locaedit'"):
+        EditConfig(output_dir=str(tmp_path), recipe="bold")
+
+
+def test_the_careful_band_is_early_and_never_empty():
+    assert careful_layers(30) == [4, 5, 6, 7, 8]
+    for count in range(1, 100):
+        layers = careful_layers(count)
+        assert layers and 0 <= layers[0] and layers[-1] < max(count, 1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("careful", "give `projector=0`, or a `peft_config` of linear modules"),
+        ("locaedit", "give a `peft_config`, or take another recipe"),
+    ],
+)
+def test_fused_experts_are_told_by_the_recipe(tokenizer, edits, recipe, message):
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL))
+    with pytest.raises(
+        ValueError, match=f"the recipe '{recipe}' puts .* which are mlp.experts.down_proj in this .*{message}"
+    ):
+        recipe_config(recipe, model, tokenizer, edits, 0.1, False)
+    if recipe == "careful":
+        assert recipe_config(recipe, model).target_modules == {"mlp.experts.down_proj"}
+
+
+def test_locaedit_needs_subjects(make_model, tokenizer):
+    edits = EditSet([Edit("One is", "two"), Edit("Three is", "four")])
+    with pytest.raises(ValueError, match="got 2 edits without a `subject`, expected some with one"):
+        recipe_config("locaedit", make_model(), tokenizer, edits)

@@ -148,5 +148,5 @@ def test_more_than_one_reader_of_edits_is_refused(tmp_path):
         "`recheck_epochs` is 2 with 2 data loader workers and 1 processes, expected 0 workers and 1 process, which "
         "know what an epoch visits"
     )
-    with pytest.raises(ValueError, match="`recheck_epochs` is -1, expected 0 \(off\) or more"):
+    with pytest.raises(ValueError, match=r"`recheck_epochs` is -1, expected 0 \(off\) or more"):
         config(tmp_path, recheck_epochs=-1)

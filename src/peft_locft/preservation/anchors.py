@@ -83,20 +83,20 @@ def make_anchors(
     sequences = [(ids, first) for ids, first in sequences if first >= 0 and len(ids) <= (max_length or len(ids))]
     anchors: list[Anchor | None] = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number][0]))
-    for begin in range(0, len(order), _BATCH):
-        chosen = order[begin : begin + _BATCH]
-        ids, mask = padded([sequences[number][0] for number in chosen], model.device)
-        said = torch.zeros_like(mask, dtype=torch.bool)
-        for row, number in enumerate(chosen):
-            sequence, first = sequences[number]
-            said[row, first : len(sequence) - 1] = True
-        with evaluating(model):
+    with evaluating(model):
+        for begin in range(0, len(order), _BATCH):
+            chosen = order[begin : begin + _BATCH]
+            ids, mask = padded([sequences[number][0] for number in chosen], model.device)
+            said = torch.zeros_like(mask, dtype=torch.bool)
+            for row, number in enumerate(chosen):
+                sequence, first = sequences[number]
+                said[row, first : len(sequence) - 1] = True
             states = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[said].float()
-        log_probs, tokens = states.log_softmax(-1).topk(min(_KEPT, states.shape[-1] - 1))
-        parts = said.sum(1).tolist()
-        for number, some, probable in zip(chosen, log_probs.split(parts), tokens.split(parts)):
-            sequence, first = sequences[number]
-            anchors[number] = Anchor(sequence, first, probable.int().cpu(), some.half().cpu())
+            log_probs, tokens = states.log_softmax(-1).topk(min(_KEPT, states.shape[-1] - 1))
+            parts = said.sum(1).tolist()
+            for number, some, probable in zip(chosen, log_probs.split(parts), tokens.split(parts)):
+                sequence, first = sequences[number]
+                anchors[number] = Anchor(sequence, first, probable.int().cpu(), some.half().cpu())
     return anchors
 
 

@@ -10,8 +10,8 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..trainer import EditConfig
 from ..trainer.preserving import fill_samples, read_texts
 from ..trainer.setup import check_decoder, load_model
 from ..tuner.fingerprint import tokenizer_fingerprint
-from ..tuner.temporary import evaluating
+from ..tuner.temporary import evaluating, trained_as_before
 from .journal import JOURNAL_NAME, Journal, model_hash
 from .places import GROUPS, find_places
 from .results import SearchResults
@@ -140,7 +140,8 @@ def search_locations(
         # For states that are too many for the memory. A search that was killed may have left it.
         work = Path(output_dir) / _WORK_NAME if output_dir is not None else Path(tempfile.mkdtemp())
         stack.callback(shutil.rmtree, work, ignore_errors=True)
-        stack.enter_context(_as_it_was(model))
+        stack.enter_context(trained_as_before(model))
+        stack.enter_context(evaluating(model))
         if not hasattr(model, "hf_device_map"):
             model.to(args.device)
         args.output_dir = str(work)
@@ -183,15 +184,3 @@ def _brief(value: Any) -> str:
     """An argument as text, of which a long one, such as a thousand questions, is told by its hash."""
     text = str(value)
     return text if len(text) <= 200 else _hash(text)
-
-
-@contextmanager
-def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Afterwards, the model is in the mode it was in, and what could be trained can be."""
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        for parameter, requires_grad in trained.items():
-            parameter.requires_grad_(requires_grad)

@@ -54,6 +54,7 @@ class Sweep:
         """
         with (
             _little_garbage(),
+            shared_anchors(),
             tqdm(
                 total=sum(rung.visits for rung in plan),
                 # What an earlier run did takes no time now, so that it does not count for the time that is left.
@@ -66,7 +67,7 @@ class Sweep:
                 done = {row.place for row in self.rows if row.rung == number}
                 waiting = [place for place in places if place not in done]
                 bar.set_description(f"Rung {number} of {len(plan)}, {len(places)} places, {rung.edits} edits")
-                with shared_prefix_states({place.layer for place in waiting}), shared_anchors():
+                with shared_prefix_states({place.layer for place in waiting}):
                     for place in waiting:
                         bar.set_postfix_str(str(place))
                         self._add(self._try(place, number, rung))

@@ -309,9 +309,10 @@ class EditConfig(TrainingArguments):
 
 
 def _checked_texts(given: Any, name: str) -> list[str] | str | None:
-    if given is None or isinstance(given, (str, os.PathLike)):
-        return None if given is None else os.fspath(given)
-    texts = list(given) if isinstance(given, (list, tuple)) else None
-    if texts is None or any(not isinstance(text, str) for text in texts):
+    if given is None:
+        return None
+    if isinstance(given, (str, os.PathLike)):
+        return os.fspath(given)
+    if not isinstance(given, (list, tuple)) or any(not isinstance(text, str) for text in given):
         raise ValueError(f"`{name}` is {cut(given)}, expected the path of a text file, or a list of texts")
-    return texts
+    return list(given)

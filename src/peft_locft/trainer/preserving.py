@@ -200,15 +200,19 @@ class _Samples:
 
     @cached_property
     def questions(self) -> Sequence[str]:
-        return self._own("preservation_prompts") or self._said("questions")
+        return self._given["preservation_prompts"] or self._said("questions")
 
     @cached_property
     def texts(self) -> Sequence[str]:
-        return self._own("preservation_texts") or self._said("texts")
+        return self._given["preservation_texts"] or self._said("texts")
 
     @cached_property
     def chat(self) -> str | None:
         return self._said("chat")
+
+    @cached_property
+    def _given(self) -> dict[str, Sequence[str]]:
+        return {field: self._own(field) for field in ("preservation_prompts", "preservation_texts")}
 
     def _own(self, field: str) -> Sequence[str]:
         given = getattr(self._args, field)
@@ -227,9 +231,8 @@ class _Samples:
     def _check_given(self) -> None:
         """Refuse to go on with other texts than the run was begun with, of which its statistics may be."""
         given = {"contexts": self._args.contexts}
-        for field in ("preservation_prompts", "preservation_texts"):
-            texts = "\0".join(self._own(field))
-            given[field] = hashlib.sha256(texts.encode()).hexdigest() if texts else None
+        for field, texts in self._given.items():
+            given[field] = hashlib.sha256("\0".join(texts).encode()).hexdigest() if texts else None
         known = self._known()
         earlier = known.setdefault("given", given)
         if differing := [name for name in given if given[name] != earlier[name]]:

@@ -35,10 +35,21 @@ def unedited(model: PeftModel) -> Iterator[None]:
         model ([`~peft.PeftModel`]):
             The model.
     """
+    with trained_as_before(model), model.disable_adapter():
+        yield
+
+
+@contextmanager
+def trained_as_before(model: nn.Module) -> Iterator[None]:
+    """After this context, the parameters that could be trained before it can be, and no others.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+    """
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        with model.disable_adapter():
-            yield
+        yield
     finally:
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)

@@ -18,8 +18,10 @@ from peft_locft import EditConfig, EditTrainer, LocFTConfig, load_choices, load_
 from peft_locft.cli.search import sampled_texts
 from peft_locft.edits.tokens import encode_prompts
 from peft_locft.evaluation import Question, ask
+from peft_locft.preservation import InputStatistics
 from peft_locft.search.scoring import Scorer
-from peft_locft.trainer.preserving import fill_samples
+from peft_locft.trainer.precision import multiplies_bfloat16
+from peft_locft.trainer.preserving import FOLDER_NAME, fill_samples
 from peft_locft.tuner.temporary import evaluating
 
 
@@ -34,13 +36,14 @@ VARIANTS = {
     "max_growth=0.05": {"max_growth": 0.05},
     "max_growth=0.2": {"max_growth": 0.2},
     "projector=1": {"projector": 1.0},
-    "projector=0.3": {"projector": 0.3},
     "projector=0.1": {"projector": 0.1},
+    "projector=0.03": {"projector": 0.03},
     "kl_weight=1": {"kl_weight": 1.0},
     "kl_weight=10": {"kl_weight": 10.0},
     "contexts=3": {"contexts": 3},
     "contexts=6": {"contexts": 6},
-    "contexts=3 projector=0.3": {"contexts": 3, "projector": 0.3},
+    "contexts=6 projector=0.1": {"contexts": 6, "projector": 0.1},
+    "careful with kl_weight=3": {"recipe": "careful", "kl_weight": 3.0},
     "careful without kl_weight": {"recipe": "careful", "kl_weight": 0.0},
     "careful without projector": {"recipe": "careful", "projector": 0.0},
     "careful without contexts": {"recipe": "careful", "contexts": 0},
@@ -82,7 +85,7 @@ def main() -> None:
     samples = own_samples(model, tokenizer, folder / "samples.json")
     questions = {Path(name).stem: load_choices(name)[: options.num_choices] for name in options.choices}
     metrics = {
-        name: lambda model, questions=questions: multiple_choice_accuracy(model, tokenizer, questions)
+        name: lambda model, questions=questions: accuracy(model, tokenizer, questions)
         for name, questions in questions.items()
     }
     asked = [probe.prompt for edit in scored for probe in edit.locality]
@@ -98,10 +101,11 @@ def main() -> None:
         if settings.pop("lora", False):
             config = LoraConfig(r=16, lora_alpha=32, target_modules=_ALL, task_type="CAUSAL_LM")
             settings["learning_rate"] = 1e-3
+        run = Path(tempfile.mkdtemp(), "run")
         trainer = EditTrainer(
             model=load(options.model),
             args=EditConfig(
-                output_dir=str(Path(tempfile.mkdtemp(), "run")),
+                output_dir=str(run),
                 frozen_dtype="auto",
                 save_strategy="no",
                 report_to="none",
@@ -113,16 +117,22 @@ def main() -> None:
             processing_class=tokenizer,
             peft_config=config,
         )
+        used = trainer.model.peft_config["default"]
+        layers = used.layers if isinstance(used, LocFTConfig) else used.layers_to_transform
+        moments = folder / f"statistics of {spanned(layers)}"  # for all variants in these layers
+        if trainer.args.projector and moments.is_dir():
+            trainer.args.statistics = str(moments)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
+        if trainer.args.projector and not moments.is_dir():
+            InputStatistics.load(run / FOLDER_NAME).save(moments)
         epochs = [entry for entry in trainer.state.log_history if "epoch_loss" in entry]
-        used = trainer.model.peft_config["default"]
         write(
             path,
             {
                 "variant": variant,
-                "layers": used.layers if isinstance(used, LocFTConfig) else used.layers_to_transform,
+                "layers": layers,
                 "epochs": len(epochs),
                 "loss": epochs[-1]["epoch_loss"],
                 "seconds": round(seconds, 1),
@@ -141,6 +151,12 @@ def main() -> None:
 
 def load(name):
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+def accuracy(model, tokenizer, questions) -> float:
+    """In 16 bits where that is faster, or else these questions take longer than all other scores."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bfloat16(model.device)):
+        return multiple_choice_accuracy(model, tokenizer, questions)
 
 
 @torch.no_grad()

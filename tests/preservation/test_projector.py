@@ -79,12 +79,40 @@ def test_statistics_travel_through_a_file(statistics, tmp_path):
 
 
 def test_the_projector_is_the_formula():
-    x = torch.randn(50, 8, dtype=torch.float64) * torch.arange(8)
+    x = torch.randn(50, 8, dtype=torch.float64) * torch.arange(1, 9)
     moment = x.T @ x / 50
     projector, inverse = soft_projector(moment.float(), 0.5)
-    mean = torch.linalg.eigvalsh(moment).mean()
-    assert torch.allclose(projector.double(), torch.linalg.inv(moment / (0.5 * mean) + torch.eye(8)), atol=1e-5)
+    usual = x.square().mean(0).sort().values[3]  # the median of an even number is the lower one
+    expected = torch.linalg.inv(moment / (0.5 * usual) + torch.eye(8))
+    assert torch.allclose(projector.double(), expected / (x @ expected).square().sum(1).mean().sqrt(), atol=1e-5)
     assert torch.allclose(projector @ inverse, torch.eye(8), atol=1e-4)
+
+
+def test_a_massive_activation_leaves_no_other_direction_unprotected():
+    moment = torch.linspace(0.5, 2, 64).diag()
+    massive = moment.clone()
+    massive[5, 5] = 1e6  # the mean eigenvalue is 15,000 times as large
+    (before, _), (behind, _) = soft_projector(moment, 0.1), soft_projector(massive, 0.1)
+    assert behind[5, 5] < 1e-5
+    others = [place for place in range(64) if place != 5]
+    assert torch.allclose(behind[others][:, others], before[others][:, others], rtol=0.1)
+
+
+def test_inputs_that_are_mostly_zero_have_a_projector_too():
+    moment = torch.zeros(8, 8)
+    moment[:3, :3] = torch.eye(3)
+    projector, _ = soft_projector(moment, 0.1)
+    assert (projector.diagonal()[3:] > 3 * projector.diagonal()[0]).all()
+
+
+def test_a_change_of_one_size_disturbs_ordinary_text_equally_in_every_module(peft_model, statistics):
+    uneven = {name: moment * 100**place for place, (name, moment) in enumerate(statistics.items())}
+    deltas = trained_deltas(peft_model, "projector")
+    Projection(deltas, InputStatistics(uneven, statistics.tokens), 0.1)
+    disturbed = [(delta.projector @ uneven[delta.name] @ delta.projector).trace() for delta in deltas]
+    assert torch.allclose(torch.stack(disturbed), disturbed[0], rtol=1e-2)
+    squares = [delta.projector.square().sum() / len(delta.projector) for delta in deltas]
+    assert sum(squares) / len(squares) == pytest.approx(1, rel=1e-3)
 
 
 def test_starting_and_folding_change_nothing_that_was_there(peft_model, statistics, tokenizer):
@@ -123,7 +151,7 @@ def test_ordinary_inputs_are_moved_less_than_others(peft_model, statistics):
         moment = statistics[delta.name]
         values, vectors = torch.linalg.eigh(moment)
         usual, unusual = (delta.projector @ vectors[:, place] for place in (-1, 0))
-        assert usual.norm() < 0.1 < 0.9 < unusual.norm()
+        assert usual.norm() < 0.1 * unusual.norm()
 
 
 def test_a_new_adapter_is_behind_its_projector_from_the_start(peft_model, statistics):
@@ -183,6 +211,8 @@ def test_statistics_of_another_width_are_refused(peft_model, statistics):
         Projection(deltas, InputStatistics({**statistics, name: torch.eye(3)}, 5), 1.0)
     with pytest.raises(ValueError, match=f"have none for {name}"):
         Projection(deltas, InputStatistics({}, 5), 1.0)
+    with pytest.raises(ValueError, match=rf"have one of shape .*, all of it zero, for {name}"):
+        Projection(deltas, InputStatistics({**statistics, name: torch.zeros_like(statistics[name])}, 5), 1.0)
 
 
 def test_no_text_is_an_error(make_model, tokenizer):

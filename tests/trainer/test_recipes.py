@@ -40,7 +40,7 @@ def test_an_unknown_recipe_is_refused(tmp_path):
 
 
 def test_the_careful_band_is_early_and_never_empty():
-    assert careful_layers(30) == [4, 5, 6, 7, 8]
+    assert careful_layers(30) == [3, 4, 5, 6, 7]
     for count in range(1, 100):
         layers = careful_layers(count)
         assert layers and 0 <= layers[0] and layers[-1] < max(count, 1)

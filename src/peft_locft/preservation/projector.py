@@ -1,9 +1,17 @@
 """The soft null-space projector: directions in which ordinary text lives are hardly touched.
 
-With C the second moment of a module's inputs on ordinary text, the change sees `P x`, P = (C / t + I)⁻¹. A direction of
+With C the second moment of a module's inputs on ordinary text, the change sees `P x`, P ∝ (C / t + I)⁻¹. A direction of
 the inputs whose variance is well above t is left out, one well below t passes. AlphaEdit (arXiv 2410.02355, section 3.1)
 projects onto the null space of C with a hard threshold; this is the soft form, the ridge of MEMIT's closed solution
 (arXiv 2210.07229, equation 14), of which nothing has to be cut off.
+
+t is a multiple of the mean square of a usual input, the median of C's diagonal. The mean eigenvalue is the same in most
+layers, but thousands of times as much where some tokens have massive activations (arXiv 2402.17762): a t of that size would
+protect nothing there.
+
+A change D of one size is to disturb the output of every module equally on ordinary text, so that each P is divided by the root
+of E‖P x‖² = tr(P C P). Then all are multiplied by one number, so that the mean square of their eigenvalues is 1. Without that,
+the smaller t is, the higher a learning rate would be needed, and another one for each model (docs/log.md).
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors import safe_open
@@ -37,7 +46,7 @@ class Projection:
         statistics ([`InputStatistics`]):
             The second moments of the inputs of their modules.
         threshold (`float`):
-            t, as a multiple of the mean eigenvalue of C.
+            t, as a multiple of the median of C's diagonal.
 
     Raises:
         `ValueError`: If there are no statistics of a module, or they have another width.
@@ -47,18 +56,22 @@ class Projection:
     def __init__(self, deltas: Sequence[Delta], statistics: InputStatistics, threshold: float):
         self._parts: list[tuple[nn.Linear, torch.Tensor]] = []
         digest = hashlib.sha256(repr(threshold).encode())
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for delta in deltas:
-            weight = delta.entrance().weight
-            width = weight.shape[1]
+            width = delta.entrance().weight.shape[1]
             moment = statistics.get(delta.name)
-            if moment is None or tuple(moment.shape) != (width, width):
-                got = f"one of shape {tuple(moment.shape)}" if moment is not None else "none"
+            if moment is None or tuple(moment.shape) != (width, width) or not moment.any():
+                got = "none" if moment is None else f"one of shape {tuple(moment.shape)}"
+                got += ", all of it zero," if moment is not None and not moment.any() else ""
                 raise ValueError(
                     f"the statistics have {got} for {delta.name}, expected a second moment of shape ({width}, {width}): "
                     "compute them on this model and these modules"
                 )
             digest.update(moment.contiguous().numpy().tobytes())
-            projector, inverse = soft_projector(moment, threshold)
+            pairs.append(soft_projector(moment, threshold))
+        gain = fmean(projector.square().sum().item() / len(projector) for projector, _ in pairs) ** 0.5
+        for delta, (projector, inverse) in zip(deltas, pairs):
+            weight, projector, inverse = delta.entrance().weight, projector / gain, inverse * gain
             if delta.weight().any():  # a new LoRA has a random A, but no change to be kept
                 weight.copy_(weight @ inverse.to(weight))
             delta.projector = projector.to(weight)
@@ -158,18 +171,21 @@ def _projected(entrance: nn.Linear, projector: torch.Tensor):
 
 
 def soft_projector(moment: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the projector and its inverse.
+    """Return the projector, behind which inputs of second moment C have a mean square length of 1, and its inverse.
 
     Args:
         moment (`torch.Tensor`):
-            C, of shape (in_features, in_features).
+            C, of shape (in_features, in_features), not zero.
         threshold (`float`):
-            t, as a multiple of the mean eigenvalue of C.
+            t, as a multiple of the median of C's diagonal, or of its mean if most inputs are always zero.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: (C / t + I)⁻¹ and C / t + I, in float32.
+        `tuple[torch.Tensor, torch.Tensor]`: P = (C / t + I)⁻¹ / √tr(P C P) and P⁻¹, in float32.
     """
     identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
     moment = moment.double()
-    inverse = moment / (threshold * moment.trace() / len(moment)) + identity
-    return torch.cholesky_inverse(torch.linalg.cholesky(inverse)).float(), inverse.float()
+    squares = moment.diagonal()
+    inverse = moment / (threshold * (squares.median() or squares.mean())) + identity
+    projector = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
+    length = (projector @ moment * projector).sum().sqrt()  # P is symmetric
+    return (projector / length).float(), (inverse * length).float()

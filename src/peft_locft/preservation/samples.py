@@ -34,6 +34,9 @@ Who painted the Mona Lisa?
 What is the smallest prime number?
 """
 _QUESTION_TOKENS = 32
+# Drawn from its most probable tokens only, a text is plainer than what people write: perplexity on other text rose more
+# (docs/log.md). A question is to be one that makes sense.
+_QUESTION_TOP_K, _TEXT_TOP_K = 50, 0
 _BATCH = 64
 
 
@@ -56,7 +59,8 @@ def sample_questions(
         `list[str]`: The questions, at most `count`: what has no question mark and what came before is left out.
     """
     openings = [_OPENINGS[number % len(_OPENINGS)] for number in range(count)]
-    said = _sample(model, tokenizer, [_QUIZ + opening for opening in openings], _QUESTION_TOKENS, seed)
+    prompts = [_QUIZ + opening for opening in openings]
+    said = _sample(model, tokenizer, prompts, _QUESTION_TOKENS, _QUESTION_TOP_K, seed)
     lines = [f"{opening}{text}".lstrip().split("\n")[0] for opening, text in zip(openings, said)]
     asked = [line[: line.index("?") + 1] for line in lines if "?" in line]
     return list(dict.fromkeys(" ".join(question.split()) for question in asked))
@@ -87,7 +91,7 @@ def sample_texts(
         _BEGINNINGS[number % len(_BEGINNINGS)].format(word[0].upper() + word[1:], word)
         for number, word in enumerate(words)
     ]
-    said = _sample(model, tokenizer, beginnings, length, seed)
+    said = _sample(model, tokenizer, beginnings, length, _TEXT_TOP_K, seed)
     return [f"{beginning}{text}" for beginning, text in zip(beginnings, said)]
 
 
@@ -109,13 +113,18 @@ def _random_words(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> 
 
 @torch.no_grad()
 def _sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, openings: Sequence[str], length: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    openings: Sequence[str],
+    length: int,
+    top_k: int,
+    seed: int,
 ) -> list[str]:
     """Return what the model says behind each opening."""
     ends = sorted(eos_token_ids(model, tokenizer))
     settings = GenerationConfig(
         do_sample=True,
-        top_k=50,  # by mass, a large vocabulary would have to be sorted for each token
+        top_k=top_k,  # 0: all tokens
         max_new_tokens=length,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,

@@ -46,11 +46,11 @@ class EditConfig(TrainingArguments):
         per_device_train_batch_size (`int`, *optional*):
             How many edits make a batch on each device. Defaults to an equal share of a step of 100 edits, as in the
             paper, or for fewer than 400 edits a step of a quarter of them: epochs of a single step would leave 25
-            epochs with too few steps to learn.
+            epochs with too few steps to learn. For the recipe `"careful"`, of 25 edits, or an eighth of them.
         learning_rate (`float`, *optional*):
             The rate of Adam. Defaults to an automatic one: for [`LocFTConfig`], 5e-4 · 14336 / (the widest input of an
             edited module), which is the paper's rate for the 14336-wide down projection of Llama-3-8B and grows as
-            the module gets narrower, and four times that for the recipe `"careful"`; for any other PEFT config, 2e-3.
+            the module gets narrower, and six tenths of that for the recipe `"careful"`; for any other PEFT config, 2e-3.
             LoRA on a single module wants more: 2e-2 was right for rank 16 on SmolLM2-135M's layer 22, where 2e-3
             hardly learned.
         skip_loss (`float`, *optional*, defaults to `0.01`):
@@ -83,9 +83,10 @@ class EditConfig(TrainingArguments):
         > Parameters that leave the rest of the model alone
 
         projector (`float`, *optional*):
-            If more than 0, the change of a weight sees its inputs only behind a soft projector, (C / t + I)⁻¹, where C
-            is the second moment of the inputs on ordinary text, and t is this times C's mean eigenvalue. Smaller
-            values protect more. Folded into the adapter at the end. Defaults to what the recipe says.
+            If more than 0, the change of a weight sees its inputs only behind a soft projector, in proportion to
+            (C / t + I)⁻¹, where C is the second moment of the inputs, half of it on ordinary text and half on questions,
+            and t is this times the median of C's diagonal. Smaller values protect more. Folded into the adapter at the
+            end. Defaults to what the recipe says.
         kl_weight (`float`, *optional*):
             If more than 0, how much a nat of divergence from what the unedited model says to other questions and in texts
             counts beside the loss. Defaults to what the recipe says.

@@ -24,12 +24,17 @@ def frozen_dtype(args: EditConfig, model: nn.Module) -> torch.dtype | None:
         `torch.dtype` or `None`: `None` if they stay as they are.
     """
     if args.frozen_dtype == "auto":
-        return torch.bfloat16 if _multiplies_bfloat16(args.device) else None
+        return torch.bfloat16 if multiplies_bfloat16(args.device) else None
     return getattr(torch, args.frozen_dtype) if args.frozen_dtype is not None else None
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 matrices are faster than those of float32."""
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether products of bfloat16 matrices are faster than those of float32.
+
+    Args:
+        device (`torch.device`):
+            The device.
+    """
     if device.type == "cpu":
         # Other processors compute in 16 bits too, but convert to 32 and back, which is slower than 32 bits.
         return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -49,11 +54,28 @@ def frozen_weights_in(dtype: torch.dtype, model: nn.Module, unused: Sequence[nn.
             Parts of it that will not be run, which stay as they are.
     """
     skipped = {id(parameter) for module in unused for parameter in module.parameters()}
-    originals = {
-        parameter: parameter.data
-        for parameter in model.parameters()
-        if parameter.dtype == torch.float32 and not parameter.requires_grad and id(parameter) not in skipped
-    }
+    with rounded(
+        [
+            parameter
+            for parameter in model.parameters()
+            if parameter.dtype == torch.float32 and not parameter.requires_grad and id(parameter) not in skipped
+        ],
+        dtype,
+    ):
+        yield
+
+
+@contextmanager
+def rounded(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
+    """Within this context, parameters are rounded to a dtype. Afterwards they are what they were.
+
+    Args:
+        parameters (`Sequence[torch.nn.Parameter]`):
+            The parameters.
+        dtype (`torch.dtype`):
+            The dtype.
+    """
+    originals = {parameter: parameter.data for parameter in parameters}
     try:
         for parameter, data in originals.items():
             parameter.data = data.to(dtype)

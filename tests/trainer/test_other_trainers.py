@@ -117,7 +117,7 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
     assert settings(both).learning_rate == pytest.approx(5e-4 * 14336 / 128)  # the wider of 128 and 64
     assert settings(LoraConfig(target_modules=["down_proj"])).learning_rate == 2e-3
     assert settings(down, learning_rate=0.5).learning_rate == 0.5
-    assert settings(down, recipe="careful").learning_rate == pytest.approx(0.6 * 5e-4 * 14336 / 128)
+    assert settings(down, recipe="careful").learning_rate == pytest.approx(2 / 3 * 5e-4 * 14336 / 128)
     assert settings(LoraConfig(target_modules=["down_proj"]), recipe="careful").learning_rate == 2e-3
     several = get_peft_model(make_model(), down)
     several.add_adapter("other", LocFTConfig(layers=[1], target_modules=["mlp.up_proj"]))
@@ -129,24 +129,24 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
 
 @pytest.mark.parametrize(
     ("num_edits", "parallel", "size", "careful"),
-    [(1, 1, 2, 2), (8, 1, 2, 2), (72, 1, 18, 9), (100, 1, 25, 13), (1000, 1, 100, 25), (1000, 4, 25, 7)],
+    [(1, 1, 2, 2), (8, 1, 2, 2), (72, 1, 18, 18), (100, 1, 25, 25), (1000, 1, 100, 25), (1000, 4, 25, 7)],
 )
 def test_automatic_batch_size(num_edits, parallel, size, careful):
-    from peft_locft.trainer.recipes import STEPS
+    from peft_locft.trainer.recipes import MOST_EDITS
     from peft_locft.trainer.setup import automatic_batch_size
 
     assert automatic_batch_size(num_edits, parallel) == size
-    assert automatic_batch_size(num_edits, parallel, *STEPS["careful"]) == careful
+    assert automatic_batch_size(num_edits, parallel, MOST_EDITS["careful"]) == careful
 
 
 def test_careful_takes_smaller_batches(make_model, tokenizer, edits, tmp_path):
     def batch(recipe, **settings):
         args = EditConfig(output_dir=str(tmp_path), report_to="none", recipe=recipe, **settings)
-        many = [{"prompt": f"Number {number} is", "target": "odd"} for number in range(60)]
+        many = [{"prompt": f"Number {number} is", "target": "odd"} for number in range(200)]
         trainer = EditTrainer(make_model(), args, train_dataset=many, processing_class=tokenizer)
         return trainer.args.per_device_train_batch_size
 
-    assert (batch("paper"), batch("careful")) == (15, 8)
+    assert (batch("paper"), batch("careful")) == (50, 25)
     assert batch("careful", per_device_train_batch_size=5) == 5
 
 

@@ -46,11 +46,11 @@ class EditConfig(TrainingArguments):
         per_device_train_batch_size (`int`, *optional*):
             How many edits make a batch on each device. Defaults to an equal share of a step of 100 edits, as in the
             paper, or for fewer than 400 edits a step of a quarter of them: epochs of a single step would leave 25
-            epochs with too few steps to learn. For the recipe `"careful"`, of 25 edits, or an eighth of them.
+            epochs with too few steps to learn. For the recipe `"careful"`, a step has at most 25.
         learning_rate (`float`, *optional*):
             The rate of Adam. Defaults to an automatic one: for [`LocFTConfig`], 5e-4 · 14336 / (the widest input of an
             edited module), which is the paper's rate for the 14336-wide down projection of Llama-3-8B and grows as
-            the module gets narrower, and six tenths of that for the recipe `"careful"`; for any other PEFT config, 2e-3.
+            the module gets narrower, and two thirds of that for the recipe `"careful"`; for any other PEFT config, 2e-3.
             LoRA on a single module wants more: 2e-2 was right for rank 16 on SmolLM2-135M's layer 22, where 2e-3
             hardly learned.
         skip_loss (`float`, *optional*, defaults to `0.01`):

@@ -18,25 +18,24 @@ from .offload import load_with_prefix_offloaded
 # Llama-3-8B's rate and the width of its down projection, and the batch (LocFT-BF, appendix on hyperparameters).
 _PAPER_RATE, _PAPER_WIDTH, _PAPER_BATCH = 5e-4, 14336, 100
 _OTHER_RATE = 2e-3
+_LEAST_STEPS = 4
 
 
-def automatic_batch_size(num_edits: int, parallel: int, most: int = _PAPER_BATCH, least_steps: int = 4) -> int:
-    """Return the batch size of a device: the paper's 100, or less, so that an epoch has enough steps.
+def automatic_batch_size(num_edits: int, parallel: int, most: int | None = None) -> int:
+    """Return the batch size of a device: the paper's 100, or less, so that an epoch has at least 4 steps.
 
     Args:
         num_edits (`int`):
             How many edits there are.
         parallel (`int`):
             How many such batches make one step: devices times accumulation steps.
-        most (`int`, *optional*, defaults to `100`):
-            How many edits make a step, at most.
-        least_steps (`int`, *optional*, defaults to `4`):
-            How many steps make an epoch, at least.
+        most (`int`, *optional*):
+            How many edits make a step, at most. Defaults to the paper's 100.
 
     Returns:
         `int`: The size, such that a step has at least 2 edits.
     """
-    step = min(most, max(-(-num_edits // least_steps), 2))
+    step = min(most or _PAPER_BATCH, max(-(-num_edits // _LEAST_STEPS), 2))
     return -(-step // parallel)
 
 

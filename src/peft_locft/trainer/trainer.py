@@ -35,7 +35,7 @@ from .loss import takes_logits_to_keep
 from .offload import offload_prefix
 from .preserving import Preservation
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
-from .recipes import RATE_FACTORS, STEPS, TERMS, recipe_config
+from .recipes import MOST_EDITS, RATE_FACTORS, TERMS, recipe_config
 from .resting import Resting
 from .setup import (
     automatic_batch_size,
@@ -116,8 +116,8 @@ class EditTrainer(BreadthFirstTrainer):
             )
         if args.per_device_train_batch_size is None:
             parallel = args.gradient_accumulation_steps * args.world_size * max(args.n_gpu, 1)
-            steps = STEPS.get(args.recipe, ())
-            args.per_device_train_batch_size = automatic_batch_size(len(self.edits), parallel, *steps)
+            most = MOST_EDITS.get(args.recipe)
+            args.per_device_train_batch_size = automatic_batch_size(len(self.edits), parallel, most)
         check_breadth_first(args, len(self.edits))
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False  # or else torch warns that there is nothing to pin for

@@ -15,7 +15,7 @@ from .data import FEATURES, IGNORED
 
 
 # A question takes as long as an edit, a text several times that. More of them kept no more (docs/log.md).
-_MOST_ANCHORS = 8
+_MOST_ANCHORS = 25
 
 
 class TrainingPool:
@@ -72,7 +72,7 @@ class TrainingPool:
         return {**self.rows[row], "row": row}
 
     def drawn_anchors(self, edits: Sequence[dict]) -> list[int]:
-        """Return which anchors a batch is held to: as many as it has edits, up to 8, chosen by its edits and the epoch alone, so
+        """Return which anchors a batch is held to: as many as it has edits, up to 25, chosen by its edits and the epoch alone, so
         that a run that is interrupted chooses the same again.
 
         Args:

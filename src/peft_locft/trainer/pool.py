@@ -14,7 +14,7 @@ from .augmentation import drawn_form
 from .data import FEATURES, IGNORED
 
 
-# A question takes as long as an edit, a text several times that. More of them kept no more (docs/log.md).
+# With batches of a hundred edits, as many again would take most of a step's time. All settings of docs/log.md but a few had 25.
 _MOST_ANCHORS = 25
 
 

@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # How many times the automatic rate of a LocFT adapter, and how many edits make a step, at most. Behind a projector, 1,000 edits
 # learned too slowly in steps of the paper's 100 (docs/log.md).
-RATE_FACTORS = {"careful": 2 / 3}
+RATE_FACTORS = {"careful": 0.75}
 MOST_EDITS = {"careful": 25}
 # Those that change what is learned, and are told with the results where they are on.
 TERMS = ("contexts", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth")

@@ -20,7 +20,6 @@ from peft_locft.edits.tokens import encode_prompts
 from peft_locft.evaluation import Question, ask
 from peft_locft.preservation import InputStatistics
 from peft_locft.search.scoring import Scorer
-from peft_locft.trainer.precision import multiplies_bfloat16
 from peft_locft.trainer.preserving import FOLDER_NAME, fill_samples
 from peft_locft.tuner.temporary import evaluating
 
@@ -85,7 +84,7 @@ def main() -> None:
     samples = own_samples(model, tokenizer, folder / "samples.json")
     questions = {Path(name).stem: load_choices(name)[: options.num_choices] for name in options.choices}
     metrics = {
-        name: lambda model, questions=questions: accuracy(model, tokenizer, questions)
+        name: lambda model, questions=questions: multiple_choice_accuracy(model, tokenizer, questions)
         for name, questions in questions.items()
     }
     asked = [probe.prompt for edit in scored for probe in edit.locality]
@@ -151,12 +150,6 @@ def main() -> None:
 
 def load(name):
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-
-
-def accuracy(model, tokenizer, questions) -> float:
-    """In 16 bits where that is faster, or else these questions take longer than all other scores."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bfloat16(model.device)):
-        return multiple_choice_accuracy(model, tokenizer, questions)
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from peft_locft import EditConfig, LocFTConfig
 from peft_locft.preservation import InputStatistics, anchors, input_statistics
+from peft_locft.trainer import preserving
 from peft_locft.trainer.data import tokenize_edits
 from peft_locft.trainer.pool import TrainingPool
-from peft_locft.trainer.preserving import read_texts
+from peft_locft.trainer.preserving import fill_samples, read_texts
 
 
 TEXTS = ["Peru is a country. Its people speak many tongues.", "Norway lies in the north of Europe, and Oslo too."]
@@ -179,6 +180,25 @@ def test_statistics_are_half_of_texts_and_half_of_questions_put_in_every_way(
     texts, questions = (input_statistics(make_model(), tokenizer, some, [name]) for some in (TEXTS, asked))
     assert torch.allclose(found[name], (texts[name] + questions[name]) / 2, rtol=1e-4, atol=1e-5)
     assert found.tokens == texts.tokens + questions.tokens
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_samples_are_drawn_in_16_bits_where_that_is_faster(
+    make_model, tokenizer, monkeypatch, tmp_path, has, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    model, used = make_model(), set()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda *args, **kwargs: used.add(model.lm_head.weight.dtype) or generate(*args, **kwargs)
+    )
+    args = EditConfig(output_dir=str(tmp_path), use_cpu=True, kl_weight=1.0)
+    monkeypatch.setattr(preserving, "_QUESTIONS", 4)
+    monkeypatch.setattr(preserving, "_TEXTS", 4)
+    fill_samples(args, model, tokenizer)
+    assert used == {expected} and len(args.preservation_texts) == 4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_given_statistics_are_used_and_given_ones_of_other_modules_refused(make_trainer, tmp_path):

@@ -49,7 +49,7 @@ class Projection:
             t, as a multiple of the median of C's diagonal.
 
     Raises:
-        `ValueError`: If there are no statistics of a module, or they have another width.
+        `ValueError`: If there are no statistics of a module, they have another width, or all of them are zero.
     """
 
     @torch.no_grad()
@@ -60,11 +60,16 @@ class Projection:
         for delta in deltas:
             width = delta.entrance().weight.shape[1]
             moment = statistics.get(delta.name)
-            if moment is None or tuple(moment.shape) != (width, width) or not moment.any():
-                got = "none" if moment is None else f"one of shape {tuple(moment.shape)}"
-                got += ", all of it zero," if moment is not None and not moment.any() else ""
+            fault = None
+            if moment is None:
+                fault = "none"
+            elif not moment.any():
+                fault = f"one of shape {tuple(moment.shape)}, all of it zero,"
+            elif tuple(moment.shape) != (width, width):
+                fault = f"one of shape {tuple(moment.shape)}"
+            if fault is not None:
                 raise ValueError(
-                    f"the statistics have {got} for {delta.name}, expected a second moment of shape ({width}, {width}): "
+                    f"the statistics have {fault} for {delta.name}, expected a second moment of shape ({width}, {width}): "
                     "compute them on this model and these modules"
                 )
             digest.update(moment.contiguous().numpy().tobytes())

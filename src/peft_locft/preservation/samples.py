@@ -34,8 +34,8 @@ Who painted the Mona Lisa?
 What is the smallest prime number?
 """
 _QUESTION_TOKENS = 32
-# Drawn from its most probable tokens only, a text is plainer than what people write: perplexity on other text rose more
-# (docs/log.md). A question is to be one that makes sense.
+# A question is to be one that makes sense; a text, as varied as what people write, which is not made of the most probable
+# tokens only.
 _QUESTION_TOP_K, _TEXT_TOP_K = 50, 0
 _BATCH = 64
 

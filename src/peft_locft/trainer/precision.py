@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -41,8 +41,9 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-@contextmanager
-def frozen_weights_in(dtype: torch.dtype, model: nn.Module, unused: Sequence[nn.Module] = ()) -> Iterator[None]:
+def frozen_weights_in(
+    dtype: torch.dtype, model: nn.Module, unused: Sequence[nn.Module] = ()
+) -> AbstractContextManager[None]:
     """Within this context, frozen float32 weights are rounded to a dtype. Afterwards they are what they were.
 
     Args:
@@ -54,15 +55,12 @@ def frozen_weights_in(dtype: torch.dtype, model: nn.Module, unused: Sequence[nn.
             Parts of it that will not be run, which stay as they are.
     """
     skipped = {id(parameter) for module in unused for parameter in module.parameters()}
-    with rounded(
-        [
-            parameter
-            for parameter in model.parameters()
-            if parameter.dtype == torch.float32 and not parameter.requires_grad and id(parameter) not in skipped
-        ],
-        dtype,
-    ):
-        yield
+    frozen = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.dtype == torch.float32 and not parameter.requires_grad and id(parameter) not in skipped
+    ]
+    return rounded(frozen, dtype)
 
 
 @contextmanager

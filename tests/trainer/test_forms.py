@@ -4,7 +4,7 @@ import pytest
 
 from peft_locft import Edit, EditConfig, EditSet
 from peft_locft.edits.contexts import chat_form
-from peft_locft.trainer.augmentation import contexts_of, drawn_form, varied
+from peft_locft.trainer.augmentation import contexts_of, drawn_form, every_way, varied
 from peft_locft.trainer.forms import make_forms
 
 
@@ -85,8 +85,23 @@ def test_words_are_left_out_but_those_of_the_subject_and_the_last(edit, kept):
 
 
 def test_questions_are_put_in_several_ways():
-    assert varied(["Who is it?"] * 3, None) == ["Who is it?", "who is it", "Question: Who is it?\nAnswer:"]
-    assert varied(["Who is it?"] * 5, "<{the prompt}>")[3:] == ["<Who is it?>", "Who is it?"]
+    plain = ["Who is it?", "who is it", "Question: Who is it?\nAnswer:"]
+    *ways, behind = every_way("Who is it?", None, TEXTS, 0)
+    assert ways == plain
+    text, question = behind.rsplit(". ", 1)
+    assert question == "who is it"
+    assert 2 <= len(text.split()) <= 10 and any(text_.startswith(text) for text_ in TEXTS)
+    assert every_way("Who is it?", None, TEXTS, 0)[-1] == behind
+    assert len({every_way("Who is it?", None, TEXTS, seed)[-1] for seed in range(20)}) > 1
+    *ways, _ = every_way("Who is it?", "<{the prompt}>", TEXTS, 0)
+    assert ways == [*plain, "<Who is it?>"]
+
+
+def test_each_question_is_put_in_two_of_its_ways_and_all_ways_are_used():
+    ways = every_way("Who is it?", "<{the prompt}>", TEXTS, 0)
+    forms = varied(["Who is it?"] * 5, "<{the prompt}>", TEXTS, 0)
+    assert forms == [ways[place] for place in (0, 2, 1, 3, 2, 4, 3, 0, 4, 1)]
+    assert all(len(set(pair)) == 2 for pair in zip(forms[::2], forms[1::2]))
 
 
 def test_a_chat_template_is_used_where_there_is_one(smollm, edits):

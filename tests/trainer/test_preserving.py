@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from peft_locft import EditConfig, LocFTConfig
 from peft_locft.preservation import InputStatistics, anchors, input_statistics
 from peft_locft.trainer import preserving
+from peft_locft.trainer.augmentation import every_way
 from peft_locft.trainer.data import tokenize_edits
 from peft_locft.trainer.pool import TrainingPool
 from peft_locft.trainer.preserving import fill_samples, read_texts
@@ -176,6 +177,7 @@ def test_statistics_are_half_of_texts_and_half_of_questions_put_in_every_way(
         "what is the capital of spain",
         "who was the king of norway",
         "where is cuba",
+        *(every_way(question, None, TEXTS, 42)[-1] for question in QUESTIONS),
     ]
     texts, questions = (input_statistics(make_model(), tokenizer, some, [name]) for some in (TEXTS, asked))
     assert torch.allclose(found[name], (texts[name] + questions[name]) / 2, rtol=1e-4, atol=1e-5)

@@ -53,44 +53,61 @@ def contexts_of(
     choice = random.Random(f"{seed} {edit.id}")
     while len(forms) < count:
         if (len(forms) - asked) % _TO_A_PREFIX == 0:
-            words = choice.choice(prefixes).split()[: choice.randint(*_PREFIX_WORDS)]
-            forms.append(f"{' '.join(words)}. {edit.prompt}")
+            forms.append(_behind_text(edit.prompt, prefixes, choice))
         else:
             thinned = (_thinned(edit, choice) for _ in range(_TRIES))
             forms.append(next((form for form in thinned if is_free(form, edit.target)), edit.prompt))
     return forms[:count]
 
 
-def varied(prompts: Sequence[str], chat: str | None) -> list[str]:
-    """Put prompts as people do, each in one way, in turn: as it is, in lower case without a mark at its end, as a question to
-    be answered, and as a turn of a chat.
+def varied(prompts: Sequence[str], chat: str | None, prefixes: Sequence[str], seed: int) -> list[str]:
+    """Put prompts as people do, each in two of the ways of [`every_way`], in turn.
 
     Args:
         prompts (`Sequence[str]`):
             The prompts.
         chat (`str`, *optional*):
             A turn of a chat, of [`chat_form`]; `None` where there are no chats.
+        prefixes (`Sequence[str]`):
+            Texts whose beginnings stand before prompts.
+        seed (`int`):
+            The seed of the choices.
 
     Returns:
-        `list[str]`: As many prompts.
+        `list[str]`: Twice as many prompts.
     """
-    forms = [every_way(prompt, chat) for prompt in prompts]
-    return [ways[number % len(ways)] for number, ways in enumerate(forms)]
+    forms = []
+    for number, prompt in enumerate(prompts):
+        ways = every_way(prompt, chat, prefixes, seed)
+        forms += [ways[place % len(ways)] for place in (number, number + 2)]
+    return forms
 
 
-def every_way(prompt: str, chat: str | None) -> list[str]:
-    """Put a prompt in every way of [`varied`].
+def every_way(prompt: str, chat: str | None, prefixes: Sequence[str], seed: int) -> list[str]:
+    """Put a prompt in every way that people and the forms of edits do: as it is, in lower case without a mark at its end, as a
+    question to be answered, as a turn of a chat, and in lower case behind random text.
 
     Args:
         prompt (`str`):
             The prompt.
         chat (`str`, *optional*):
             A turn of a chat, of [`chat_form`]; `None` where there are no chats.
+        prefixes (`Sequence[str]`):
+            Texts whose beginnings stand before prompts.
+        seed (`int`):
+            The seed of the choices.
 
     Returns:
-        `list[str]`: Three or four prompts.
+        `list[str]`: Four or five prompts.
     """
-    return [prompt, prompt.lower().rstrip("?. ") or prompt, *_asked(prompt, chat)]
+    lower = prompt.lower().rstrip("?. ") or prompt
+    behind = _behind_text(lower, prefixes, random.Random(f"{seed} {prompt}"))
+    return [prompt, lower, *_asked(prompt, chat), behind]
+
+
+def _behind_text(prompt: str, prefixes: Sequence[str], choice: random.Random) -> str:
+    words = choice.choice(prefixes).split()[: choice.randint(*_PREFIX_WORDS)]
+    return f"{' '.join(words)}. {prompt}"
 
 
 def _thinned(edit: Edit, choice: random.Random) -> str:

@@ -134,7 +134,7 @@ def preserving(
     prefixes = samples.texts if args.contexts else []
     chat = samples.chat if args.contexts or args.kl_weight else None
     forms = make_forms(edits, args.contexts, prefixes, chat, tokenizer, max_length, args.seed)
-    anchors = _anchors(model, tokenizer, samples, chat, max_length) if args.kl_weight else []
+    anchors = _anchors(model, tokenizer, samples, chat, max_length, args.seed) if args.kl_weight else []
     pool = TrainingPool(bare, forms, anchors, args.seed)
     if args.max_steps <= 0 and args.num_train_epochs < pool.most_forms:
         warnings.warn(
@@ -171,7 +171,12 @@ def forget_samples(args: EditConfig) -> None:
 
 
 def _anchors(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, samples: _Samples, chat: str | None, max_length: int | None
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: _Samples,
+    chat: str | None,
+    max_length: int | None,
+    seed: int,
 ) -> list[Anchor]:
     shared = _SHARED_ANCHORS.get()
     if shared:
@@ -180,7 +185,7 @@ def _anchors(
         anchors = make_anchors(
             model,
             tokenizer,
-            varied(samples.questions, chat),
+            varied(samples.questions, chat, samples.texts, seed),
             samples.texts,
             answer_length=_ANSWER_TOKENS,
             text_length=_ANCHOR_TOKENS,
@@ -327,7 +332,11 @@ def _statistics(
         return InputStatistics.load(folder)  # an interrupted run computed them
     base = model.get_base_model()
     names = [delta.name for delta in deltas]
-    asked = [form for question in samples.questions for form in every_way(question, samples.chat)]
+    asked = [
+        form
+        for question in samples.questions
+        for form in every_way(question, samples.chat, samples.texts, args.seed)
+    ]
     with unedited(model):
         parts = [input_statistics(base, tokenizer, some, names) for some in (samples.texts, asked) if some]
     # Half of it questions: what all of them have in common shall not be what an edit is told by. As a part of the texts

@@ -228,22 +228,31 @@ def plot(found: dict[str, dict], path: Path) -> None:
 
     before = found["unedited"]["scores"]["perplexity"]
     rows = [row for name, row in found.items() if name != "unedited"]
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    panels = {
-        "locality": lambda scores: scores["locality"],
-        "perplexity, relative to the unedited model": lambda scores: scores["perplexity"] / before,
-    }
-    for axes, (name, value) in zip(figure.subplots(1, 2), panels.items()):
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    kept, read, names = figure.subplots(1, 3, width_ratios=[3, 3, 2])
+    panels = [
+        (kept, "locality", lambda scores: scores["locality"]),
+        (read, "perplexity, relative to the unedited model", lambda scores: scores["perplexity"] / before),
+    ]
+    for axes, name, value in panels:
+        places: dict[tuple[float, float], list[str]] = {}  # several may be in one
         for number, row in enumerate(rows, 1):
             place = row["scores"]["generalization"], value(row["scores"])
+            places.setdefault(tuple(round(part, 2) for part in place), []).append(str(number))
+        for place, numbers in places.items():
             axes.scatter(*place, s=18, color="tab:blue")
-            axes.annotate(str(number), place, textcoords="offset points", xytext=(4, 3), fontsize=8)
+            axes.annotate(", ".join(numbers), place, textcoords="offset points", xytext=(4, 3), fontsize=8)
         axes.set(xlabel="generalization", ylabel=name, xlim=(0, 1))
         axes.grid(alpha=0.3)
-    if max(panels["perplexity, relative to the unedited model"](row["scores"]) for row in rows) > 1.5:
-        axes.set_yscale("log")
-    names = [f"{number} {row['variant']}" for number, row in enumerate(rows, 1)]
-    figure.supxlabel("\n".join(",   ".join(names[at : at + 6]) for at in range(0, len(names), 6)), fontsize=8)
+    highest = max(row["scores"]["perplexity"] for row in rows) / before
+    if highest > 1.5:
+        read.set_yscale("log")
+        read.minorticks_off()
+        ticks = [tick for tick in (1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 30, 100) if tick < highest * 1.1]
+        read.set_yticks(ticks, [f"{tick - 1:+.0%}" for tick in ticks])
+    names.axis("off")
+    lines = [f"{number}  {row['variant']}" for number, row in enumerate(rows, 1)]
+    names.text(0, 1, "\n".join(lines), va="top", fontsize=9, linespacing=1.5)
     figure.savefig(path, dpi=110)
 
 

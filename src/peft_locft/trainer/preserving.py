@@ -333,9 +333,7 @@ def _statistics(
     base = model.get_base_model()
     names = [delta.name for delta in deltas]
     asked = [
-        form
-        for question in samples.questions
-        for form in every_way(question, samples.chat, samples.texts, args.seed)
+        form for question in samples.questions for form in every_way(question, samples.chat, samples.texts, args.seed)
     ]
     with unedited(model):
         parts = [input_statistics(base, tokenizer, some, names) for some in (samples.texts, asked) if some]

@@ -90,7 +90,7 @@ def test_questions_are_put_in_several_ways():
     assert ways == plain
     text, question = behind.rsplit(". ", 1)
     assert question == "who is it"
-    assert 2 <= len(text.split()) <= 10 and any(text_.startswith(text) for text_ in TEXTS)
+    assert 2 <= len(text.split()) <= 10 and any(whole.startswith(text) for whole in TEXTS)
     assert every_way("Who is it?", None, TEXTS, 0)[-1] == behind
     assert len({every_way("Who is it?", None, TEXTS, seed)[-1] for seed in range(20)}) > 1
     *ways, _ = every_way("Who is it?", "<{the prompt}>", TEXTS, 0)

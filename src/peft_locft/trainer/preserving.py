@@ -132,9 +132,9 @@ def preserving(
     if args.projector:
         projection = Projection(deltas, _statistics(model, tokenizer, deltas, samples, args, folder), args.projector)
     prefixes = samples.texts if args.contexts else []
-    chat = samples.chat if args.contexts or args.kl_weight else None
+    chat = samples.chat if args.contexts else None
     forms = make_forms(edits, args.contexts, prefixes, chat, tokenizer, max_length, args.seed)
-    anchors = _anchors(model, tokenizer, samples, chat, max_length, args.seed) if args.kl_weight else []
+    anchors = _anchors(model, tokenizer, samples, max_length, args.seed) if args.kl_weight else []
     pool = TrainingPool(bare, forms, anchors, args.seed)
     if args.max_steps <= 0 and args.num_train_epochs < pool.most_forms:
         warnings.warn(
@@ -171,12 +171,7 @@ def forget_samples(args: EditConfig) -> None:
 
 
 def _anchors(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: _Samples,
-    chat: str | None,
-    max_length: int | None,
-    seed: int,
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, samples: _Samples, max_length: int | None, seed: int
 ) -> list[Anchor]:
     shared = _SHARED_ANCHORS.get()
     if shared:
@@ -185,7 +180,7 @@ def _anchors(
         anchors = make_anchors(
             model,
             tokenizer,
-            varied(samples.questions, chat, samples.texts, seed),
+            varied(samples.questions, samples.chat, samples.texts, seed),
             samples.texts,
             answer_length=_ANSWER_TOKENS,
             text_length=_ANCHOR_TOKENS,

@@ -43,6 +43,7 @@ VARIANTS = {
     "contexts=6": {"contexts": 6},
     "contexts=6 projector=0.1": {"contexts": 6, "projector": 0.1},
     "careful": {"recipe": "careful"},
+    "careful with contexts=12": {"recipe": "careful", "contexts": 12},
     "careful with kl_weight=3": {"recipe": "careful", "kl_weight": 3.0},
     "careful without kl_weight": {"recipe": "careful", "kl_weight": 0.0},
     "careful without projector": {"recipe": "careful", "projector": 0.0},

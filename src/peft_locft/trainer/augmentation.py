@@ -11,9 +11,9 @@ from ..edits.contexts import in_context
 
 
 _PREFIX_WORDS = (2, 10)
-_TO_A_PREFIX = (
-    4  # with words left out, forms are as short as the prompt: they are three of four, behind the first three
-)
+# Of the further forms, every fourth stands behind text. In the other three words are left out, so that they are no longer
+# than the prompt, and the prefix cache and the steps grow less.
+_TO_A_PREFIX = 4
 _LEFT_OUT = 0.35
 _TRIES = 8
 

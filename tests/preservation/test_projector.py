@@ -111,8 +111,50 @@ def test_a_change_of_one_size_disturbs_ordinary_text_equally_in_every_module(pef
     Projection(deltas, InputStatistics(uneven, statistics.tokens), 0.1)
     disturbed = [(delta.projector @ uneven[delta.name] @ delta.projector).trace() for delta in deltas]
     assert torch.allclose(torch.stack(disturbed), disturbed[0], rtol=1e-2)
-    squares = [delta.projector.square().sum() / len(delta.projector) for delta in deltas]
-    assert sum(squares) / len(squares) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_a_change_disturbs_ordinary_text_in_proportion_to_what_the_modules_say(make_model, tokenizer, scale):
+    model = make_model()
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
+    for name in names:
+        model.get_submodule(name).weight.data *= scale
+    statistics = input_statistics(model, tokenizer, TEXTS, names)
+    said = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: said.append(output.square()))
+        for name in names
+    ]
+    for text in TEXTS:
+        logits(model, tokenizer, text)
+    for handle in handles:
+        handle.remove()
+    usual = torch.stack([torch.cat([part[0] for part in said[place::2]]).mean() for place in (0, 1)]).mean().sqrt()
+    deltas = trained_deltas(
+        get_peft_model(model, LocFTConfig(layers=[1, 2], target_modules=["mlp.down_proj"])), "projector"
+    )
+    Projection(deltas, statistics, 0.1)
+    torch.manual_seed(3)
+    for delta in deltas:
+        change = torch.randn(4000, len(delta.projector)).sign() @ delta.projector  # rows of 4000 changes at random
+        disturbed = (change @ statistics[delta.name] * change).sum(1).mean().sqrt()
+        assert disturbed.item() == pytest.approx(3.3 * usual.item(), rel=0.05)
+
+
+def test_a_massive_activation_does_not_make_the_projectors_larger(make_model):
+    model = get_peft_model(make_model(), LocFTConfig(layers=[1], target_modules=["mlp.down_proj"]))
+    (delta,) = trained_deltas(model, "projector")
+    moment = torch.linspace(0.5, 2, delta.entrance().in_features).diag()
+    massive = moment.clone()
+    massive[5, 5] = 1e6
+
+    def size(some):
+        Projection([delta], InputStatistics({delta.name: some}, 1), 0.1)
+        return delta.projector.norm().item()
+
+    assert size(massive) == pytest.approx(size(moment), rel=0.25)
+    model.get_base_model().get_submodule(delta.name).get_base_layer().weight.data.zero_()
+    assert 0 < size(moment) < float("inf")
 
 
 def test_starting_and_folding_change_nothing_that_was_there(peft_model, statistics, tokenizer):

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..tuner import LocFTLinear
 
@@ -47,9 +48,14 @@ class Delta:
     @cached_property
     def base_norm(self) -> torch.Tensor:
         """‖W‖, the Frobenius norm of the base model's weight, dequantised if it is (`torch.Tensor`, a scalar)."""
+        return self.base_weight().norm()
+
+    def base_weight(self) -> torch.Tensor:
+        """Return W, the base model's weight, dequantised if it is (`torch.Tensor` of shape (out_features, in_features))."""
         layer = self.layer
-        weight = layer.get_base_weight() if layer.quantization_backend is not None else layer.get_base_layer().weight
-        return weight.detach().float().norm()
+        base = layer.get_base_layer()
+        weight = layer.get_base_weight() if layer.quantization_backend is not None else base.weight
+        return (weight.T if isinstance(base, Conv1D) else weight).detach().float()
 
     def factor(self) -> nn.Linear:
         """Return the part that ΔW is linear in and that is multiplied last (`torch.nn.Linear`)."""

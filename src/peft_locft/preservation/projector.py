@@ -10,8 +10,9 @@ layers, but thousands of times as much where some tokens have massive activation
 protect nothing there.
 
 A change D of one size is to disturb the output of every module equally on ordinary text, so that each P is divided by the root
-of E‖P x‖² = tr(P C P). Then all are multiplied by one number, so that the mean square of their eigenvalues is 1. Without that,
-the smaller t is, the higher a learning rate would be needed, and another one for each model (docs/log.md).
+of E‖P x‖² = tr(P C P). Then all are multiplied by the modules' usual output, the root mean square of W x, so that one learning
+rate suits models whose weights are of other sizes: in Gemma 3 270M, one of 0.014 is usual, and in SmolLM2-135M, one of 0.18
+(docs/log.md). Massive activations count no more than ten times as much as a usual input in it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ from .statistics import InputStatistics
 
 
 _STATE_NAME = "unprojected.safetensors"
+# How large the disturbance by a D of ones and minus ones at random is, relative to the usual output. It is what it was on
+# SmolLM2-135M with projectors whose eigenvalues had a mean square of 1, where rates were found (docs/log.md).
+_DISTURBANCE = 3.3
+_MOST_OF_AN_INPUT = 10
 
 
 class Projection:
@@ -57,6 +62,7 @@ class Projection:
         self._parts: list[tuple[nn.Linear, torch.Tensor]] = []
         digest = hashlib.sha256(repr(threshold).encode())
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        outputs: list[float] = []  # their mean squares
         for delta in deltas:
             width = delta.entrance().weight.shape[1]
             moment = statistics.get(delta.name)
@@ -74,9 +80,10 @@ class Projection:
                 )
             digest.update(moment.contiguous().numpy().tobytes())
             pairs.append(soft_projector(moment, threshold))
-        gain = fmean(projector.square().sum().item() / len(projector) for projector, _ in pairs) ** 0.5
+            outputs.append(_usual_output(delta.base_weight(), moment))
+        gain = _DISTURBANCE * fmean(outputs) ** 0.5 or 1.0  # weights that are all zero say nothing
         for delta, (projector, inverse) in zip(deltas, pairs):
-            weight, projector, inverse = delta.entrance().weight, projector / gain, inverse * gain
+            weight, projector, inverse = delta.entrance().weight, projector * gain, inverse / gain
             if delta.weight().any():  # a new LoRA has a random A, but no change to be kept
                 weight.copy_(weight @ inverse.to(weight))
             delta.projector = projector.to(weight)
@@ -173,6 +180,14 @@ def _projected(entrance: nn.Linear, projector: torch.Tensor):
             return F.linear(x, entrance.weight @ projector)
 
     return forward
+
+
+def _usual_output(weight: torch.Tensor, moment: torch.Tensor) -> float:
+    """Return the mean square of an output of W x, where no input has a mean square that is many times the usual one."""
+    squares = moment.diagonal()
+    usual = squares.median() or squares.mean()
+    weight = weight.to(moment) * (_MOST_OF_AN_INPUT * usual / squares.clamp(min=usual)).clamp(max=1).sqrt()
+    return ((weight @ moment) * weight).sum().item() / len(weight)
 
 
 def soft_projector(moment: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:

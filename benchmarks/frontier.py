@@ -240,9 +240,10 @@ def plot(found: dict[str, dict], path: Path) -> None:
         for number, row in enumerate(rows, 1):
             place = row["scores"]["generalization"], value(row["scores"])
             places.setdefault(tuple(round(part, 2) for part in place), []).append(str(number))
-        for place, numbers in places.items():
+        for order, (place, numbers) in enumerate(sorted(places.items())):
             axes.scatter(*place, s=18, color="tab:blue")
-            axes.annotate(", ".join(numbers), place, textcoords="offset points", xytext=(4, 3), fontsize=8)
+            above = (4, 3) if order % 2 else (4, -10)  # neighbours' names are not to lie on each other
+            axes.annotate(", ".join(numbers), place, textcoords="offset points", xytext=above, fontsize=8)
         axes.set(xlabel="generalization", ylabel=name, xlim=(0, 1))
         axes.grid(alpha=0.3)
     highest = max(row["scores"]["perplexity"] for row in rows) / before

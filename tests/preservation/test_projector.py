@@ -221,7 +221,7 @@ def test_few_rows_and_many_are_projected_alike(peft_model, statistics, rows):
     assert torch.allclose(found.double(), expected, atol=1e-4 * float(expected.abs().max()) + 1e-4)
 
 
-def test_a_checkpoint_of_other_projectors_is_refused(peft_model, statistics, tmp_path):
+def test_a_checkpoint_of_other_projectors_is_refused(peft_model, statistics, tmp_path, monkeypatch):
     deltas = trained_deltas(peft_model, "projector")
     projection = Projection(deltas, statistics, 0.5)
     with pytest.raises(ValueError, match="was trained behind no projector: resume with the `projector`, `statistics`"):
@@ -234,6 +234,9 @@ def test_a_checkpoint_of_other_projectors_is_refused(peft_model, statistics, tmp
     others = InputStatistics({name: moment * 2 + 1 for name, moment in statistics.items()}, 1)
     with pytest.raises(ValueError, match="was trained behind other projectors"):
         Projection(deltas, others, 0.5).check(tmp_path)
+    monkeypatch.setattr("peft_locft.preservation.projector._DISTURBANCE", 1.0)  # of another release
+    with pytest.raises(ValueError, match="was trained behind other projectors"):
+        Projection(deltas, statistics, 0.5).check(tmp_path)
 
 
 def test_missing_statistics_are_named(tmp_path):

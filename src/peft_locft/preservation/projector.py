@@ -60,7 +60,7 @@ class Projection:
     @torch.no_grad()
     def __init__(self, deltas: Sequence[Delta], statistics: InputStatistics, threshold: float):
         self._parts: list[tuple[nn.Linear, torch.Tensor]] = []
-        digest = hashlib.sha256(repr(threshold).encode())
+        digest = hashlib.sha256(repr((threshold, _DISTURBANCE)).encode())
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         outputs: list[float] = []  # their mean squares
         for delta in deltas:

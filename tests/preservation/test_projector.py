@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_locft import LocFTConfig
 from peft_locft.preservation import InputStatistics, Projection, input_statistics, trained_deltas
@@ -271,3 +272,17 @@ def test_a_method_whose_change_is_not_known_is_refused(make_model):
         ValueError, match="`projector` is on and .* is trained, expected only linear layers with LocFT"
     ):
         trained_deltas(dora, "projector")
+
+
+def test_weights_that_lie_the_other_way_have_projectors_too(tokenizer):
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    name = "transformer.h.1.mlp.c_proj"  # a `Conv1D`, of shape (128, 32)
+    statistics = input_statistics(gpt2, tokenizer, TEXTS, [name])
+    weight = gpt2.get_submodule(name).weight.detach().clone()
+    usual = torch.trace(weight.T @ statistics[name] @ weight) / 32
+    model = get_peft_model(gpt2, LocFTConfig(layers=[1], target_modules=["mlp.c_proj"]))
+    (delta,) = trained_deltas(model, "projector")
+    Projection([delta], statistics, 0.1)
+    disturbed = torch.trace(delta.projector @ statistics[name] @ delta.projector)
+    assert disturbed.sqrt() == pytest.approx(3.3 * usual.sqrt().item(), rel=0.05)

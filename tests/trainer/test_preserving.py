@@ -207,16 +207,21 @@ def test_given_statistics_are_used_and_given_ones_of_other_modules_refused(make_
     name = "model.layers.1.mlp.down_proj"
     InputStatistics({name: torch.eye(128)}, 1).save(tmp_path / "even")
     InputStatistics({name: torch.linspace(0, 2, 128).diag()}, 1).save(tmp_path / "given")
+    base = make_trainer().model.get_base_model().get_submodule(name).get_base_layer().weight  # (64, 128)
+    # Where no direction is more ordinary than another, nothing is protected, and P is a number: that at which a change
+    # of ones disturbs the output 3.3 times as much as it is large.
+    number = 3.3 * base.norm().item() / base.numel() ** 0.5
     plain, even, projected = (
-        make_trainer(),
-        make_trainer(projector=1.0, statistics=str(tmp_path / "even")),
-        make_trainer(projector=1.0, statistics=str(tmp_path / "given")),
+        make_trainer(learning_rate=1e-2),
+        make_trainer(projector=1.0, statistics=str(tmp_path / "even"), learning_rate=1e-2 / number),
+        make_trainer(projector=1.0, statistics=str(tmp_path / "given"), learning_rate=1e-2 / number),
     )
     for trainer in (plain, even, projected):
         trainer.train()
     assert not (tmp_path / "run" / "preservation").exists()
-    # Where no direction is more ordinary than another, nothing is protected, and the rate means what it means without.
-    assert torch.allclose(weights(plain)[0], weights(even)[0], atol=1e-6)
+    assert weights(plain)[0].abs().max() > 0.01
+    # Adam does not see a number before the gradient, but where it is as small as its epsilon.
+    assert torch.allclose(weights(plain)[0], weights(even)[0], atol=1e-3)
     columns = weights(projected)[0].norm(dim=0)  # (in_features,)
     assert columns[:16].mean() > 2 * columns[-16:].mean()
     with pytest.raises(ValueError, match="the statistics have none for model.layers.0.mlp.down_proj"):

@@ -184,10 +184,15 @@ def _projected(entrance: nn.Linear, projector: torch.Tensor):
 
 def _usual_output(weight: torch.Tensor, moment: torch.Tensor) -> float:
     """Return the mean square of an output of W x, where no input has a mean square that is many times the usual one."""
-    squares = moment.diagonal()
-    usual = squares.median() or squares.mean()
-    weight = weight.to(moment) * (_MOST_OF_AN_INPUT * usual / squares.clamp(min=usual)).clamp(max=1).sqrt()
+    most = _MOST_OF_AN_INPUT * _usual_square(moment)
+    weight = weight.to(moment) * (most / moment.diagonal().clamp(min=most)).sqrt()
     return ((weight @ moment) * weight).sum().item() / len(weight)
+
+
+def _usual_square(moment: torch.Tensor) -> torch.Tensor:
+    """Return the median of C's diagonal, or its mean if most inputs are always zero."""
+    squares = moment.diagonal()
+    return squares.median() or squares.mean()
 
 
 def soft_projector(moment: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,8 +209,7 @@ def soft_projector(moment: torch.Tensor, threshold: float) -> tuple[torch.Tensor
     """
     identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
     moment = moment.double()
-    squares = moment.diagonal()
-    inverse = moment / (threshold * (squares.median() or squares.mean())) + identity
+    inverse = moment / (threshold * _usual_square(moment)) + identity
     projector = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
     length = (projector @ moment * projector).sum().sqrt()  # P is symmetric
     return (projector / length).float(), (inverse * length).float()

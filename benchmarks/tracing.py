@@ -87,17 +87,25 @@ def main() -> None:
                 "plain_seconds": plain_seconds,
                 "ratio": plain_seconds / seconds,
                 "cpu_ratio": plain_cpu_seconds / cpu_seconds,
+                "cpu_seconds": cpu_seconds,
+                "plain_cpu_seconds": plain_cpu_seconds,
                 "plain_passes": len(cells),
                 "largest_difference": max(differences),
             }
         )
         print(json.dumps(found[-1]), flush=True)
     medians = {key: statistics.median(run[key] for run in found) for key in _TIMES}
+    totals = {
+        key: sum(run[key] for run in found) for key in ("seconds", "plain_seconds", "cpu_seconds", "plain_cpu_seconds")
+    }
+    totals["ratio"] = totals["plain_seconds"] / totals["seconds"]
+    totals["cpu_ratio"] = totals["plain_cpu_seconds"] / totals["cpu_seconds"]
     summary = {
         "model": str(name),
         "threads": torch.get_num_threads(),
         "facts": len(found),
         "medians": medians,
+        "all": totals,
         "largest_difference": max(run["largest_difference"] for run in found),
     }
     print(json.dumps(summary))

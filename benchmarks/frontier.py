@@ -53,6 +53,8 @@ VARIANTS = {
 }
 
 
+# In pixels of the picture, across and up.
+_NEAR = (36, 16)
 # Asked about each edit's subject, though no edit is about that: how often is the new answer given all the same?
 _OTHER_QUESTIONS = ("How old is {}?", "Who likes {}?", "What colour is {}?", "What do people say about {}?")
 
@@ -236,14 +238,8 @@ def plot(found: dict[str, dict], path: Path) -> None:
         (read, "perplexity, relative to the unedited model", lambda scores: scores["perplexity"] / before),
     ]
     for axes, name, value in panels:
-        places: dict[tuple[float, float], list[str]] = {}  # several may be in one
-        for number, row in enumerate(rows, 1):
-            place = row["scores"]["generalization"], value(row["scores"])
-            places.setdefault(tuple(round(part, 2) for part in place), []).append(str(number))
-        for order, (place, numbers) in enumerate(sorted(places.items())):
-            axes.scatter(*place, s=18, color="tab:blue")
-            above = (4, 3) if order % 2 else (4, -10)  # neighbours' names are not to lie on each other
-            axes.annotate(", ".join(numbers), place, textcoords="offset points", xytext=above, fontsize=8)
+        for row in rows:
+            axes.scatter(row["scores"]["generalization"], value(row["scores"]), s=18, color="tab:blue", clip_on=False)
         axes.set(xlabel="generalization", ylabel=name, xlim=(0, 1))
         axes.grid(alpha=0.3)
     highest = max(row["scores"]["perplexity"] for row in rows) / before
@@ -252,6 +248,15 @@ def plot(found: dict[str, dict], path: Path) -> None:
         read.minorticks_off()
         ticks = [tick for tick in (1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 30, 100) if tick < highest * 1.1]
         read.set_yticks(ticks, [f"{tick - 1:+.0%}" for tick in ticks])
+    figure.draw_without_rendering()  # so that places in pixels are known
+    for axes, _, value in panels:
+        labels: dict[tuple[float, float], list[str]] = {}  # those whose names would lie on each other share one
+        points = [(row["scores"]["generalization"], value(row["scores"])) for row in rows]
+        for number, (point, pixels) in enumerate(zip(points, axes.transData.transform(points)), 1):
+            near = (other for other in labels if (abs(axes.transData.transform(other) - pixels) < _NEAR).all())
+            labels.setdefault(next(near, point), []).append(str(number))
+        for point, numbers in labels.items():
+            axes.annotate(", ".join(numbers), point, textcoords="offset points", xytext=(4, 3), fontsize=8)
     names.axis("off")
     lines = [f"{number}  {row['variant']}" for number, row in enumerate(rows, 1)]
     names.text(0, 1, "\n".join(lines), va="top", fontsize=9, linespacing=1.5)

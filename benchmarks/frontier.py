@@ -53,7 +53,7 @@ VARIANTS = {
 }
 
 
-# In pixels of the picture, across and up.
+# Within so many pixels of each other, across and up, names would lie on each other.
 _NEAR = (36, 16)
 # Asked about each edit's subject, though no edit is about that: how often is the new answer given all the same?
 _OTHER_QUESTIONS = ("How old is {}?", "Who likes {}?", "What colour is {}?", "What do people say about {}?")
@@ -234,24 +234,24 @@ def plot(found: dict[str, dict], path: Path) -> None:
     figure = Figure(figsize=(14, 5), layout="constrained")
     kept, read, names = figure.subplots(1, 3, width_ratios=[3, 3, 2])
     panels = [
-        (kept, "locality", lambda scores: scores["locality"]),
-        (read, "perplexity, relative to the unedited model", lambda scores: scores["perplexity"] / before),
+        (kept, "locality", [row["scores"]["locality"] for row in rows]),
+        (read, "perplexity, relative to the unedited model", [row["scores"]["perplexity"] / before for row in rows]),
     ]
-    for axes, name, value in panels:
-        for row in rows:
-            axes.scatter(row["scores"]["generalization"], value(row["scores"]), s=18, color="tab:blue", clip_on=False)
+    gained = [row["scores"]["generalization"] for row in rows]
+    for axes, name, values in panels:
+        axes.scatter(gained, values, s=18, color="tab:blue", clip_on=False)
         axes.set(xlabel="generalization", ylabel=name, xlim=(0, 1))
         axes.grid(alpha=0.3)
-    highest = max(row["scores"]["perplexity"] for row in rows) / before
+    highest = max(panels[1][2])
     if highest > 1.5:
         read.set_yscale("log")
         read.minorticks_off()
         ticks = [tick for tick in (1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 30, 100) if tick < highest * 1.1]
         read.set_yticks(ticks, [f"{tick - 1:+.0%}" for tick in ticks])
     figure.draw_without_rendering()  # so that places in pixels are known
-    for axes, _, value in panels:
+    for axes, _, values in panels:
         labels: dict[tuple[float, float], list[str]] = {}  # those whose names would lie on each other share one
-        points = [(row["scores"]["generalization"], value(row["scores"])) for row in rows]
+        points = list(zip(gained, values))
         for number, (point, pixels) in enumerate(zip(points, axes.transData.transform(points)), 1):
             near = (other for other in labels if (abs(axes.transData.transform(other) - pixels) < _NEAR).all())
             labels.setdefault(next(near, point), []).append(str(number))

@@ -15,6 +15,7 @@ from peft_locft.location import (
     trace_edits,
 )
 from peft_locft.location.facts import ROLES, read_fact, roles_of
+from peft_locft.location.restoring import Runs
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -93,6 +94,31 @@ def test_averages_are_those_of_the_single_traces_by_role(make_model, tokenizer, 
     assert [row["answer"] for row in found.rows] == [single.answer for single in singles]
 
 
+def test_what_is_not_asked_for_is_not_traced(make_model, tokenizer, facts, monkeypatch, tmp_path):
+    model, rows = make_model(), []
+    options = {"copies": 3, "window": 2, "show_progress": False}
+    full = trace_edits(model, tokenizer, facts, **options)
+    plain = Runs.restored_probabilities
+
+    def counted(self, token, cells, *args):
+        rows.append((token - self.fact.end + 1, {cell.kind for cell in cells}))
+        return plain(self, token, cells, *args)
+
+    monkeypatch.setattr(Runs, "restored_probabilities", counted)
+    found = trace_edits(model, tokenizer, facts, kinds=["mlp"], roles=["last subject token"], **options)
+    assert all(where == (0, {"mlp"}) for where in rows) and len(rows) >= len(facts)
+    assert list(found.effects) == ["mlp"] and found.rows == full.rows
+    expected = full.effects_of("mlp", "last subject token")
+    torch.testing.assert_close(found.effects_of("mlp", "last subject token"), expected, rtol=0, atol=1e-6)
+    assert found.effects_of("mlp", "last token").isnan().all()
+    assert layers_from_tracing(found, 1) == layers_from_tracing(full, 1)
+    found.save(tmp_path)
+    assert load_tracing(tmp_path).tokens == {role: 3 * (role == "last subject token") for role in ROLES}
+    rare = trace_edits(model, tokenizer, facts[:1], roles=["middle subject tokens"], **options)
+    rare.save(tmp_path)
+    assert rare.effects["mlp"].isnan().all() and load_tracing(tmp_path).num_facts == 1
+
+
 def test_facts_may_be_a_file(make_model, tokenizer, facts, tmp_path):
     EditSet(facts).save(tmp_path / "facts.jsonl")
     options = {"copies": 2, "show_progress": False}
@@ -148,10 +174,13 @@ def test_a_fact_that_noise_makes_no_less_probable_is_left_out(make_model, tokeni
     ("changes", "message"),
     [
         ({"answers": "mine"}, "`answers` is 'mine', expected 'model' or 'target'"),
+        ({"kinds": ["mlps"]}, "`kinds` is ['mlps'], expected one or more of ['states', 'mlp', 'attention'] in a list"),
+        ({"roles": "last token"}, "`roles` is 'last token', expected one or more of ['first subject token', "),
+        ({"roles": []}, "`roles` is [], expected one or more of"),
         ({"edits": []}, "none of the 0 facts can be traced: got no fact"),
         ({"noise": float("nan")}, "`noise` is nan, expected a standard deviation above 0"),
     ],
-    ids=["answers", "no facts", "noise"],
+    ids=["answers", "no such kind", "roles in no list", "no roles", "no facts", "noise"],
 )
 def test_what_is_refused(changes, message, make_model, tokenizer, facts):
     with pytest.raises(ValueError) as caught:

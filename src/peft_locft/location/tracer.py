@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
 
 from ..tuner.weights import base_of
-from .facts import Fact
+from .facts import ROLES, Fact, roles_of
 from .restoring import Runs, cells_of
-from .sites import find_sites
+from .sites import KINDS, find_sites
 
 
 # ROME (arXiv 2202.05262), section 2.1: the noise has three times the standard deviation of the subjects' embeddings.
@@ -34,18 +34,29 @@ class Tracer:
             How many rows to compute at once, each a corrupted run with something restored.
         seed (`int`):
             What the noise depends on.
+        kinds (`Collection[str]`, *optional*):
+            What is restored, of `KINDS`. Defaults to all of them.
 
     Raises:
         `ValueError`: If a number is less than 1, or the model's layers are not found.
     """
 
-    def __init__(self, model: nn.Module, copies: int, window: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        copies: int,
+        window: int,
+        batch_size: int,
+        seed: int,
+        kinds: Collection[str] = KINDS,
+    ):
         for name, value in (("copies", copies), ("window", window), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"`{name}` is {value}, expected at least 1")
         self.base = base_of(model)
         self.sites = find_sites(self.base)
-        self.cells = cells_of(self.sites, window)
+        self.kinds = [kind for kind in self.sites if kind in kinds]
+        self.cells = [cell for cell in cells_of(self.sites, window) if cell.kind in self.kinds]
         self.copies = copies
         self.batch_size = batch_size
         self.seed = seed
@@ -93,7 +104,7 @@ class Tracer:
             runs.record(self.shortcut)
         return runs
 
-    def effects(self, runs: Runs, answer: int) -> dict[str, torch.Tensor]:
+    def effects(self, runs: Runs, answer: int, roles: Collection[str] = ROLES) -> dict[str, torch.Tensor]:
         """Return the indirect effects of a fact: the answer's probability where something is restored, less that of
         the corrupted runs.
 
@@ -102,16 +113,21 @@ class Tracer:
                 Of [`Tracer.run`].
             answer (`int`):
                 The answer's first token.
+            roles (`Collection[str]`, *optional*):
+                The roles, of `ROLES`, of the tokens at which something is restored. Defaults to all of them. Effects at
+                other tokens are zero.
 
         Returns:
             `dict[str, torch.Tensor]`: By kind, of shape (tokens, layers).
         """
         _, corrupted = runs.probabilities(answer)
         length = len(runs.fact.tokens)
-        effects = {kind: torch.zeros(length, self.num_layers) for kind in self.sites}
+        effects = {kind: torch.zeros(length, self.num_layers) for kind in self.kinds}
         size = max(self.batch_size // self.copies, 1)
-        # Before the subject, the corrupted runs are the clean one: nothing is restored there.
-        for token in range(runs.fact.begin, length):
+        for token, role in enumerate(roles_of(length, runs.fact.begin, runs.fact.end)):
+            # Before the subject, where there is no role, the corrupted runs are the clean one: nothing is restored there.
+            if role is None or role not in roles:
+                continue
             for start in range(0, len(self.cells), size):
                 cells = self.cells[start : start + size]
                 restored = runs.restored_probabilities(token, cells, answer, self.shortcut)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..edits.tokens import encode_answers, load_tokenizer
 from ..tuner.temporary import evaluating
 from ..tuner.weights import base_of
 from .facts import ROLES, Fact, read_fact, roles_of
+from .sites import KINDS
 from .tracer import Tracer
 from .tracing_results import TracingResults
 
@@ -150,6 +151,8 @@ def trace_edits(
     window: int = 10,
     batch_size: int = 250,
     seed: int = 0,
+    kinds: Collection[str] = KINDS,
+    roles: Collection[str] = ROLES,
     show_progress: bool = True,
 ) -> TracingResults:
     """Trace many facts, and average their indirect effects by the role of the token.
@@ -178,6 +181,11 @@ def trace_edits(
             How many rows to compute at once: `batch_size // copies` restored states.
         seed (`int`, *optional*, defaults to `0`):
             What the noise depends on.
+        kinds (`Collection[str]`, *optional*, defaults to all):
+            What is restored: `"states"`, `"mlp"`, `"attention"`. What is not named takes no time, and has no results.
+        roles (`Collection[str]`, *optional*, defaults to all):
+            The roles of the tokens at which it is restored, such as `"last subject token"`. Those of the others are not a
+            number.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -185,13 +193,16 @@ def trace_edits(
         [`TracingResults`]: The averages, and one row a fact.
 
     Raises:
-        `ValueError`: If no fact is left to trace, if `answers` is neither of these, or as [`trace`].
+        `ValueError`: If no fact is left to trace, if `answers`, a kind or a role is none of these, or as [`trace`].
     """
     if answers not in ("model", "target"):
         raise ValueError(f"`answers` is {answers!r}, expected 'model' or 'target'")
+    for name, given, known in (("kinds", kinds, KINDS), ("roles", roles, ROLES)):
+        if isinstance(given, str) or not given or not set(given) <= set(known):
+            raise ValueError(f"`{name}` is {given!r}, expected one or more of {list(known)} in a list")
     if isinstance(edits, (str, os.PathLike)):
         edits = load_edits(edits, on_conflict="first")  # two answers to one prompt are one fact to trace
-    tracer = _tracer(model, noise, copies, window, batch_size, seed)
+    tracer = _tracer(model, noise, copies, window, batch_size, seed, kinds)
     rows, facts = [], []
     for edit in edits:
         fact, reason = None, NO_SUBJECT
@@ -202,7 +213,7 @@ def trace_edits(
         rows.append(_row(edit, reason))
         facts.append((fact, wanted))
     known = [fact for fact, _ in facts if fact is not None]
-    averages = _Averages(tracer)
+    averages = _Averages(tracer, roles)
     with evaluating(tracer.base), torch.no_grad():
         if known and noise is None:
             noise = tracer.noise_scale(known)
@@ -230,14 +241,15 @@ def trace_edits(
 class _Averages:
     """Sums of effects by role, so that no fact's own effects have to be kept."""
 
-    def __init__(self, tracer: Tracer):
+    def __init__(self, tracer: Tracer, roles: Collection[str]):
         shape = (len(ROLES), tracer.num_layers)
-        self.sums = {kind: torch.zeros(shape, dtype=torch.float64) for kind in tracer.sites}
+        self.roles = roles
+        self.sums = {kind: torch.zeros(shape, dtype=torch.float64) for kind in tracer.kinds}
         self.tokens = dict.fromkeys(ROLES, 0)
 
     def add(self, fact: Fact, effects: dict[str, torch.Tensor]) -> None:
         for token, role in enumerate(roles_of(len(fact.tokens), fact.begin, fact.end)):
-            if role is not None:
+            if role in self.roles:
                 self.tokens[role] += 1
                 for kind, values in effects.items():
                     self.sums[kind][ROLES.index(role)] += values[token]
@@ -266,7 +278,7 @@ def _trace_row(
     elif not row["corrupted"] < row["clean"]:
         row["left_out"] = NOT_LOWERED
     else:
-        averages.add(fact, tracer.effects(runs, said))
+        averages.add(fact, tracer.effects(runs, said, averages.roles))
 
 
 def _row(edit: Edit, reason: str | None) -> dict[str, Any]:
@@ -275,11 +287,17 @@ def _row(edit: Edit, reason: str | None) -> dict[str, Any]:
 
 
 def _tracer(
-    model: PreTrainedModel | PeftModel, noise: float | None, copies: int, window: int, batch_size: int, seed: int
+    model: PreTrainedModel | PeftModel,
+    noise: float | None,
+    copies: int,
+    window: int,
+    batch_size: int,
+    seed: int,
+    kinds: Collection[str] = KINDS,
 ) -> Tracer:
     if noise is not None and not (noise > 0 and math.isfinite(noise)):
         raise ValueError(f"`noise` is {noise}, expected a standard deviation above 0, or None for the default")
-    return Tracer(model, copies, window, batch_size, seed)
+    return Tracer(model, copies, window, batch_size, seed, kinds)
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> int | None:

@@ -167,7 +167,7 @@ def load_tracing(folder: str | os.PathLike) -> TracingResults:
     summary = json.loads(path.read_text(encoding="utf-8"))
     effects = {}
     for kind, by_role in summary["effects"].items():
-        count = next(len(line) for line in by_role.values() if line is not None)
+        count = next((len(line) for line in by_role.values() if line is not None), 0)
         lines = [by_role[role] or [float("nan")] * count for role in ROLES]
         effects[kind] = torch.tensor(lines, dtype=torch.float64)
     return TracingResults(effects, summary["tokens"], summary["rows"], summary["settings"])

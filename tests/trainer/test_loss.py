@@ -18,7 +18,7 @@ class FixedLogits(nn.Module):
         super().__init__()
         self.logits = logits
 
-    def forward(self, input_ids, attention_mask, use_cache, logits_to_keep=None):
+    def forward(self, input_ids, use_cache, logits_to_keep=None, **inputs):
         kept = self.logits if logits_to_keep is None else self.logits[logits_to_keep]
         return SimpleNamespace(logits=kept)
 
@@ -43,6 +43,30 @@ def test_mean_over_an_edits_target_tokens_then_over_edits(keeps_logits):
         [-(math.log(0.5) + math.log(0.25)) / 2, -(math.log(0.8) + math.log(0.6)) / 2]
     )
     assert losses.learned.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_margin_holds_back_the_first_token_of_each_target(packed):
+    rows = [
+        {"index": 0, "input_ids": [0, 1, 2], "labels": [-100, 1, 2]},
+        {"index": 1, "input_ids": [0, 0, 1, 2], "labels": [-100, -100, 1, 2]},
+    ]
+    batch = EditCollator(0, packed)(rows)
+    logits = torch.zeros(*batch["input_ids"].shape, 3)
+    logits[batch["predicts"]] = torch.tensor([[2.0, 3.0, 0.0], [0.0, 0.0, 1.0], [1.0, 6.0, 0.0], [0.0, 0.0, 5.0]])
+    plain, held = (edit_losses(FixedLogits(logits), batch, True, margin) for margin in (0.0, 2.5))
+
+    def loss(*scores):  # the right one first
+        return math.log(sum(map(math.exp, scores))) - scores[0]
+
+    firsts, seconds = [(3.0, 2.0, 0.0), (6.0, 1.0, 0.0)], [(1.0, 0.0, 0.0), (5.0, 0.0, 0.0)]
+    for losses, margin in ((plain, 0.0), (held, 2.5)):
+        expected = [
+            (loss(right - margin, *others) + loss(*second)) / 2 for (right, *others), second in zip(firsts, seconds)
+        ]
+        # Edits that share a row stand in another order.
+        assert sorted(losses.per_edit.tolist()) == pytest.approx(sorted(expected), rel=1e-4)
+        assert losses.learned.tolist() == [True, True]  # whether it is said, without the margin
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "opt"])

@@ -269,7 +269,9 @@ def test_texts_are_lines_or_paragraphs(tmp_path):
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["contexts", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth"])
+@pytest.mark.parametrize(
+    "name", ["contexts", "margin", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth"]
+)
 def test_what_is_no_amount_is_refused(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"`{name}` is {value}, expected 0 \\(off\\) or more"):
         EditConfig(output_dir=str(tmp_path), **{name: value})

@@ -24,7 +24,7 @@ def test_recipes_choose_place_and_terms(make_trainer, make_model, tokenizer, edi
         assert (args.kl_weight, args.contexts) == (RECIPES[recipe]["kl_weight"], 0)
     else:
         assert isinstance(config, LocFTConfig)
-        assert {name: getattr(args, name) for name in TERMS[:3]} == {name: RECIPES[recipe][name] for name in TERMS[:3]}
+        assert {name: getattr(args, name) for name in TERMS[:4]} == {name: RECIPES[recipe][name] for name in TERMS[:4]}
     if recipe == "paper":
         assert config.layers == LocFTConfig.recommended(make_model()).layers
 

@@ -151,7 +151,7 @@ class BreadthFirstTrainer(PublishingTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self._shortcuts.taken(inputs):
-            losses = edit_losses(model, inputs, self._keeps_logits)
+            losses = edit_losses(model, inputs, self._keeps_logits, self.args.margin)
         count = num_items_in_batch if num_items_in_batch is not None else len(losses.per_edit)
         # Averaging gradients over processes divides by their number, which the count of items has in it already.
         scale = self.accelerator.num_processes if num_items_in_batch is not None else 1

@@ -79,6 +79,11 @@ class EditConfig(TrainingArguments):
             chat, behind random text (LocFT-BF, appendix on data augmentation), and, from the fourth on (without a chat
             template, the third), with words left out, but those of its subject. Each epoch trains one form of each
             edit, in turn. Defaults to what the recipe says.
+        margin (`float`, *optional*):
+            If more than 0, by how many nats the logit of each target's first token is lowered in the loss, so that it
+            has to lead all others by as much more (additive margin softmax,
+            [arXiv 1801.05599](https://arxiv.org/abs/1801.05599), section 3.1, without its normalisation). Losses, and so
+            `skip_loss` and `stop_loss`, are with it. Defaults to what the recipe says.
 
         > Parameters that leave the rest of the model alone
 
@@ -204,6 +209,10 @@ class EditConfig(TrainingArguments):
         default=None, metadata={"help": "How many further forms each edit gets beside its bare prompt."}
     )
 
+    margin: float | None = field(
+        default=None, metadata={"help": "By how many nats more the first token of each target has to lead the others."}
+    )
+
     # Parameters that leave the rest of the model alone
     projector: float | None = field(
         default=None,
@@ -279,7 +288,7 @@ class EditConfig(TrainingArguments):
                 f"`recheck_epochs` is {self.recheck_epochs} with `contexts={self.contexts}`, expected one of them: an edit that is "
                 "learned in one form would not be visited in the others"
             )
-        for name in ("recheck_epochs", *TERMS):
+        for name in ("recheck_epochs", *(term for term in TERMS if term != "margin")):
             if getattr(self, name) and (self.dataloader_num_workers or self.world_size > 1):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)} with {self.dataloader_num_workers} data loader workers and "

@@ -17,7 +17,7 @@ class EditLosses(NamedTuple):
 
     Args:
         per_edit (`torch.Tensor` of shape `(batch,)`):
-            Each edit's mean cross-entropy over its target tokens and EOS, in float32.
+            Each edit's mean cross-entropy over its target tokens and EOS, in float32, with the margin in it.
         learned (`torch.Tensor` of shape `(batch,)`):
             Whether each of these tokens is the most probable one, so that greedy generation gives the target.
         divergence (`torch.Tensor`, *optional*):
@@ -34,7 +34,9 @@ class EditLosses(NamedTuple):
         return cls(torch.zeros(edits, device=device), torch.ones(edits, dtype=torch.bool, device=device))
 
 
-def edit_losses(model: nn.Module, batch: dict[str, torch.Tensor], keeps_logits: bool) -> EditLosses:
+def edit_losses(
+    model: nn.Module, batch: dict[str, torch.Tensor], keeps_logits: bool, margin: float = 0.0
+) -> EditLosses:
     """Compute the losses of a batch, with logits at target positions only where the model can do that.
 
     Args:
@@ -44,6 +46,9 @@ def edit_losses(model: nn.Module, batch: dict[str, torch.Tensor], keeps_logits: 
             What [`EditCollator`] made. An edit without tokens in it has no loss: 0.
         keeps_logits (`bool`):
             Whether the model takes `logits_to_keep` (see [`takes_logits_to_keep`]).
+        margin (`float`, *optional*, defaults to `0.0`):
+            By how much the logit of each target's first token is lowered in the loss, so that it has to lead by as much
+            more (additive margin softmax, [arXiv 1801.05599](https://arxiv.org/abs/1801.05599), section 3.1).
 
     Returns:
         [`EditLosses`]: The losses.
@@ -63,13 +68,17 @@ def edit_losses(model: nn.Module, batch: dict[str, torch.Tensor], keeps_logits: 
         preserved = len(batch["anchor_tokens"])
         moved = divergence(logits[-preserved:], batch["anchor_tokens"], batch["anchor_log_probs"], owners[-preserved:])
         logits, targets, owners = (values[:-preserved] for values in (logits, targets, owners))
+    wrong = logits.detach().argmax(dim=-1) != targets
+    if margin:
+        # The tokens of an edit stand together.
+        first = owners.diff(prepend=owners.new_full((1,), -1)) != 0
+        logits = logits.scatter_add(1, targets[:, None], -margin * first[:, None].to(logits))
     token_losses = F.cross_entropy(logits, targets, reduction="none")  # (tokens,)
 
     def per_edit(values: torch.Tensor) -> torch.Tensor:  # (tokens,) -> (edits,), sums
         return values.new_zeros(edits).index_add(0, owners, values)
 
     counts = per_edit(torch.ones_like(token_losses)).clamp(min=1)
-    wrong = logits.detach().argmax(dim=-1) != targets
     return EditLosses(per_edit(token_losses) / counts, per_edit(wrong.float()) == 0, moved)
 
 

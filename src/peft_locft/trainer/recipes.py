@@ -17,6 +17,7 @@ _PAPER = {
     "num_train_epochs": 25,
     "lr_scheduler_type": "constant",
     "contexts": 0,
+    "margin": 0.0,
     "projector": 0.0,
     "kl_weight": 0.0,
 }
@@ -27,6 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_train_epochs": 40,
         "lr_scheduler_type": "linear",
         "contexts": 6,
+        "margin": 4.0,
         "projector": 0.03,
         "kl_weight": 0.5,
     },
@@ -37,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 RATE_FACTORS = {"careful": 0.75}
 MOST_EDITS = {"careful": 25}
 # Those that change what is learned, and are told with the results where they are on.
-TERMS = ("contexts", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth")
+TERMS = ("contexts", "margin", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth")
 # About the early peak of generalization that the paper's search found, layers 3 to 8 of 32 (section 4.2). On SmolLM2-135M,
 # wider bands learned faster, but held less in other words and moved more beside the edits; so did later ones (docs/log.md).
 _CAREFUL_DEPTHS = (3 / 30, 8 / 30)

@@ -117,7 +117,7 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
     assert settings(both).learning_rate == pytest.approx(5e-4 * 14336 / 128)  # the wider of 128 and 64
     assert settings(LoraConfig(target_modules=["down_proj"])).learning_rate == 2e-3
     assert settings(down, learning_rate=0.5).learning_rate == 0.5
-    assert settings(down, recipe="careful").learning_rate == pytest.approx(0.75 * 5e-4 * 14336 / 128)
+    assert settings(down, recipe="careful").learning_rate == pytest.approx(0.55 * 5e-4 * 14336 / 128)
     assert settings(LoraConfig(target_modules=["down_proj"]), recipe="careful").learning_rate == 2e-3
     several = get_peft_model(make_model(), down)
     several.add_adapter("other", LocFTConfig(layers=[1], target_modules=["mlp.up_proj"]))

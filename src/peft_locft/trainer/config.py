@@ -50,7 +50,7 @@ class EditConfig(TrainingArguments):
         learning_rate (`float`, *optional*):
             The rate of Adam. Defaults to an automatic one: for [`LocFTConfig`], 5e-4 · 14336 / (the widest input of an
             edited module), which is the paper's rate for the 14336-wide down projection of Llama-3-8B and grows as
-            the module gets narrower, and three quarters of that for the recipe `"careful"`; for any other PEFT config, 2e-3.
+            the module gets narrower, and 0.55 times that for the recipe `"careful"`; for any other PEFT config, 2e-3.
             LoRA on a single module wants more: 2e-2 was right for rank 16 on SmolLM2-135M's layer 22, where 2e-3
             hardly learned.
         skip_loss (`float`, *optional*, defaults to `0.01`):

@@ -25,7 +25,7 @@ _PAPER = {
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "careful": {
-        "num_train_epochs": 40,
+        "num_train_epochs": 60,
         "lr_scheduler_type": "linear",
         "contexts": 6,
         "margin": 4.0,
@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # How many times the automatic rate of a LocFT adapter, and how many edits make a step, at most. Behind a projector, 1,000 edits
 # learned too slowly in steps of the paper's 100 (docs/log.md).
-RATE_FACTORS = {"careful": 0.75}
+RATE_FACTORS = {"careful": 0.55}
 MOST_EDITS = {"careful": 25}
 # Those that change what is learned, and are told with the results where they are on.
 TERMS = ("contexts", "margin", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth")

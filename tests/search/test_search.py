@@ -57,33 +57,6 @@ def test_a_trial_is_a_run_of_the_trainer(search, make_model, tokenizer, edits, a
     assert max(row.scores["reliability"] for row in results.rows) > 0.5  # it is no comparison of nothing with nothing
 
 
-def test_an_early_rung_reads_a_part_of_the_texts(search, make_model, tokenizer, edits, args):
-    # The first has no token that could be scored.
-    texts = ["The", *TEXTS, "The river flows to the sea.", "Where do they live?"]
-    results = search(texts=texts, rungs=2, sample=8, layers=[1, 2], groups=["up", "down"])
-    early = [row for row in results.rows if row.rung == 1]
-    assert results.before["perplexity"] == pytest.approx(perplexity(make_model(), tokenizer, texts))
-    assert len(early) == 4 and {row.edits for row in early} == {4}
-    part = texts[1:3]
-    for row in early:
-        trainer = EditTrainer(
-            model=make_model(),
-            args=args(num_train_epochs=3),
-            train_dataset=_in_order_of_search(edits, args().seed)[:4],
-            processing_class=tokenizer,
-            peft_config=row.place.config,
-        )
-        trainer.train()
-        growth = perplexity(trainer.model, tokenizer, part) / perplexity(make_model(), tokenizer, part)
-        assert abs(growth - 1) > 1e-3
-        assert row.scores["perplexity"] == pytest.approx(results.before["perplexity"] * growth, rel=1e-3)
-        assert row.scores["capability"] == pytest.approx(min(1 / growth, 1), rel=1e-3)
-    (last,) = [row for row in results.rows if row.rung == 2]
-    assert last.scores["capability"] == pytest.approx(
-        min(results.before["perplexity"] / last.scores["perplexity"], 1), rel=1e-6
-    )
-
-
 def _in_order_of_search(edits, seed):
     import random
 

@@ -10,10 +10,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet
-from ..edits.tokens import encode_prompts
 from ..evaluation import METRICS, Answer, ask, evaluate_edits, questions_of
 from ..evaluation.capability import perplexity
-from ..tuner.temporary import unedited
 
 
 # What a place is ranked by: the mean of those of them that exist.
@@ -55,12 +53,7 @@ class Scorer:
         batch_size: int,
     ):
         self.tokenizer, self.texts, self.metrics, self.batch_size = tokenizer, texts, metrics or {}, batch_size
-        self._sample = len(edits)
-        self._parts: dict[int, float] = {}  # the unedited model's perplexity of the first so many texts
         self.before = self._measure(model)
-        if texts is not None:
-            # Any first part of them can be scored if each of them can.
-            self.texts = [text for text, ids in zip(texts, encode_prompts(tokenizer, texts)) if len(ids) > 1]
         for name, value in self.before.items():
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(
@@ -70,9 +63,7 @@ class Scorer:
         self._answers: Sequence[Answer] = ask(model, tokenizer, questions_of(edits), batch_size=batch_size)
 
     def score(self, model: PeftModel, edits: EditSet) -> dict[str, float]:
-        """Score an edited model, on as large a part of the texts as it was trained on of the sample: read whole, they would
-        take as long as the training of a short trial. Its perplexity of all of them is then the unedited model's, times what
-        it grows by on that part.
+        """Score an edited model.
 
         Args:
             model ([`~peft.PeftModel`]):
@@ -93,26 +84,16 @@ class Scorer:
             show_progress=False,
         )
         scores = {name: value for name, value in results.after.items() if value is not None}
-        measured = self._measure(model, len(edits))
+        measured = self._measure(model)
         if measured:
             scores["capability"] = fmean(self._left(name, value) for name, value in measured.items())
         return scores | measured
 
-    def _measure(self, model: PreTrainedModel | PeftModel, edits: int | None = None) -> dict[str, float]:
+    def _measure(self, model: PreTrainedModel | PeftModel) -> dict[str, float]:
         measured = {}
         if self.texts is not None:
-            measured["perplexity"] = self._perplexity(model, self._sample if edits is None else edits)
+            measured["perplexity"] = perplexity(model, self.tokenizer, self.texts)
         return measured | {name: float(metric(model)) for name, metric in self.metrics.items()}
-
-    def _perplexity(self, model: PreTrainedModel | PeftModel, edits: int) -> float:
-        count = -(-len(self.texts) * edits // self._sample)  # rounded up
-        value = perplexity(model, self.tokenizer, self.texts[:count])
-        if count == len(self.texts):
-            return value
-        if count not in self._parts:
-            with unedited(model):
-                self._parts[count] = perplexity(model, self.tokenizer, self.texts[:count])
-        return self.before["perplexity"] * value / self._parts[count]
 
     def _left(self, name: str, value: float) -> float:
         """Return how much of a capability is left: at most all of it, so that luck in it does not outweigh the edits."""

@@ -91,3 +91,21 @@ def test_gemmas_soft_capping_is_kept(make_model):
     capped = edit_losses(make_model("gemma3", final_logit_softcapping=1.0), batch, keeps_logits=True).per_edit
     assert not torch.allclose(plain, capped)
     assert capped.item() < math.log(400) + 2  # logits within -1 and 1
+
+
+def test_behind_a_margin_a_target_leads_by_more(make_trainer, edits):
+    def leads(margin):
+        """By how many nats the first token of each target leads the next best one."""
+        trainer = make_trainer(margin=margin, num_train_epochs=60)
+        trainer.train()
+        found = []
+        for row in trainer.train_dataset:
+            first = next(place for place, label in enumerate(row["labels"]) if label >= 0)
+            logits = trainer.model(torch.tensor([row["input_ids"][:first]])).logits[0, -1].detach()
+            target = logits[row["labels"][first]].item()
+            logits[row["labels"][first]] = -torch.inf
+            found.append(target - logits.max().item())
+        return torch.tensor(found)
+
+    plain, held = leads(0.0), leads(5.0)
+    assert plain.min() > 0 and (held > plain).all()

@@ -208,7 +208,6 @@ class EditConfig(TrainingArguments):
     contexts: int | None = field(
         default=None, metadata={"help": "How many further forms each edit gets beside its bare prompt."}
     )
-
     margin: float | None = field(
         default=None, metadata={"help": "By how many nats more the first token of each target has to lead the others."}
     )

@@ -1,7 +1,8 @@
 """An adapter's files as somebody who means harm might write them: a clear, short error, in little time and memory."""
 
 import json
-import time
+import signal
+from contextlib import contextmanager
 
 import huggingface_hub
 import peft.config
@@ -44,16 +45,30 @@ def forge(folder):
     return forge
 
 
+@contextmanager
+def no_hang(seconds: int = 120):
+    """Fail what hangs. No measure of speed: without their check, these expressions take longer than anybody waits."""
+
+    def fail(*_):
+        pytest.fail(f"still running after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.fixture
 def load_refused(forge, make_model):
-    """The message with which a forged adapter is refused: short, and soon."""
+    """The message with which a forged adapter is refused: a short one, without a hang."""
 
     def refused(error=ValueError, **fields) -> str:
         folder, base = forge(**fields), make_model()
-        start = time.monotonic()
-        with pytest.raises(error) as raised:
+        with no_hang(), pytest.raises(error) as raised:
             PeftModel.from_pretrained(base, folder)
-        assert time.monotonic() - start < 12
         assert len(str(raised.value)) < 1500
         assert not any(isinstance(module, LocFTLinear) for module in base.modules())
         return str(raised.value)
@@ -149,18 +164,16 @@ def test_a_layers_pattern_is_a_name_and_no_expression(pattern, load_refused):
 def test_an_expression_beside_the_right_layers_pattern_never_runs(forge, make_model, tmp_path):
     model = PeftModel.from_pretrained(make_model(), forge(layers_pattern=[BOMB, "layers"]))
     assert model.targeted_module_names == ["model.layers.1.mlp.down_proj"]
-    start = time.monotonic()
-    save_as_lora(model, tmp_path / "lora", rank=2)
-    assert time.monotonic() - start < 10
+    with no_hang():
+        save_as_lora(model, tmp_path / "lora", rank=2)
 
 
 def test_an_expression_of_target_modules_becomes_full_names_in_a_lora(forge, make_model, tmp_path):
     # Python's own engine, which PEFT uses for a LoRA, has no timeout.
     expression = r"model\.layers\.1\.mlp\.down_proj|(\w*\w*\.?)*!x"
     model = PeftModel.from_pretrained(make_model(), forge(layers_to_transform=None, target_modules=expression))
-    start = time.monotonic()
-    save_as_lora(model, tmp_path / "lora", rank=2)
-    assert time.monotonic() - start < 10
+    with no_hang():
+        save_as_lora(model, tmp_path / "lora", rank=2)
     saved = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     assert saved["target_modules"] == ["model.layers.1.mlp.down_proj"]
 

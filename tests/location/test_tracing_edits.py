@@ -115,6 +115,8 @@ def test_what_is_not_asked_for_is_not_traced(make_model, tokenizer, facts, monke
     found.save(tmp_path)
     assert load_tracing(tmp_path).tokens == {role: 3 * (role == "last subject token") for role in ROLES}
     rare = trace_edits(model, tokenizer, facts[:1], roles=["middle subject tokens"], **options)
+    with pytest.raises(ValueError, match="no MLP was traced at the last subject token: leave `roles` out, or name it"):
+        layers_from_tracing(rare)
     rare.save(tmp_path)
     assert rare.effects["mlp"].isnan().all() and load_tracing(tmp_path).num_facts == 1
 

@@ -93,7 +93,7 @@ def test_gemmas_soft_capping_is_kept(make_model):
     assert capped.item() < math.log(400) + 2  # logits within -1 and 1
 
 
-def test_behind_a_margin_a_target_leads_by_more(make_trainer, edits):
+def test_behind_a_margin_a_target_leads_by_more(make_trainer):
     def leads(margin):
         """By how many nats the first token of each target leads the next best one."""
         trainer = make_trainer(margin=margin, num_train_epochs=60)

@@ -36,6 +36,8 @@ class Tracer:
             What the noise depends on.
         kinds (`Collection[str]`, *optional*):
             What is restored, of `KINDS`. Defaults to all of them.
+        roles (`Collection[str]`, *optional*):
+            The roles, of `ROLES`, of the tokens at which it is restored. Defaults to all of them.
 
     Raises:
         `ValueError`: If a number is less than 1, or the model's layers are not found.
@@ -49,6 +51,7 @@ class Tracer:
         batch_size: int,
         seed: int,
         kinds: Collection[str] = KINDS,
+        roles: Collection[str] = ROLES,
     ):
         for name, value in (("copies", copies), ("window", window), ("batch_size", batch_size)):
             if value < 1:
@@ -57,6 +60,7 @@ class Tracer:
         self.sites = find_sites(self.base)
         self.kinds = [kind for kind in self.sites if kind in kinds]
         self.cells = [cell for cell in cells_of(self.sites, window) if cell.kind in self.kinds]
+        self.roles = roles
         self.copies = copies
         self.batch_size = batch_size
         self.seed = seed
@@ -104,7 +108,7 @@ class Tracer:
             runs.record(self.shortcut)
         return runs
 
-    def effects(self, runs: Runs, answer: int, roles: Collection[str] = ROLES) -> dict[str, torch.Tensor]:
+    def effects(self, runs: Runs, answer: int) -> dict[str, torch.Tensor]:
         """Return the indirect effects of a fact: the answer's probability where something is restored, less that of
         the corrupted runs.
 
@@ -113,12 +117,9 @@ class Tracer:
                 Of [`Tracer.run`].
             answer (`int`):
                 The answer's first token.
-            roles (`Collection[str]`, *optional*):
-                The roles, of `ROLES`, of the tokens at which something is restored. Defaults to all of them. Effects at
-                other tokens are zero.
 
         Returns:
-            `dict[str, torch.Tensor]`: By kind, of shape (tokens, layers).
+            `dict[str, torch.Tensor]`: By kind, of shape (tokens, layers); zero at tokens of other roles.
         """
         _, corrupted = runs.probabilities(answer)
         length = len(runs.fact.tokens)
@@ -126,7 +127,7 @@ class Tracer:
         size = max(self.batch_size // self.copies, 1)
         for token, role in enumerate(roles_of(length, runs.fact.begin, runs.fact.end)):
             # Before the subject, where there is no role, the corrupted runs are the clean one: nothing is restored there.
-            if role is None or role not in roles:
+            if role not in self.roles:
                 continue
             for start in range(0, len(self.cells), size):
                 cells = self.cells[start : start + size]

@@ -202,7 +202,7 @@ def trace_edits(
             raise ValueError(f"`{name}` is {given!r}, expected one or more of {list(known)} in a list")
     if isinstance(edits, (str, os.PathLike)):
         edits = load_edits(edits, on_conflict="first")  # two answers to one prompt are one fact to trace
-    tracer = _tracer(model, noise, copies, window, batch_size, seed, kinds)
+    tracer = _tracer(model, noise, copies, window, batch_size, seed, kinds, roles)
     rows, facts = [], []
     for edit in edits:
         fact, reason = None, NO_SUBJECT
@@ -213,7 +213,7 @@ def trace_edits(
         rows.append(_row(edit, reason))
         facts.append((fact, wanted))
     known = [fact for fact, _ in facts if fact is not None]
-    averages = _Averages(tracer, roles)
+    averages = _Averages(tracer)
     with evaluating(tracer.base), torch.no_grad():
         if known and noise is None:
             noise = tracer.noise_scale(known)
@@ -241,9 +241,9 @@ def trace_edits(
 class _Averages:
     """Sums of effects by role, so that no fact's own effects have to be kept."""
 
-    def __init__(self, tracer: Tracer, roles: Collection[str]):
+    def __init__(self, tracer: Tracer):
         shape = (len(ROLES), tracer.num_layers)
-        self.roles = roles
+        self.roles = tracer.roles
         self.sums = {kind: torch.zeros(shape, dtype=torch.float64) for kind in tracer.kinds}
         self.tokens = dict.fromkeys(ROLES, 0)
 
@@ -278,7 +278,7 @@ def _trace_row(
     elif not row["corrupted"] < row["clean"]:
         row["left_out"] = NOT_LOWERED
     else:
-        averages.add(fact, tracer.effects(runs, said, averages.roles))
+        averages.add(fact, tracer.effects(runs, said))
 
 
 def _row(edit: Edit, reason: str | None) -> dict[str, Any]:
@@ -294,10 +294,11 @@ def _tracer(
     batch_size: int,
     seed: int,
     kinds: Collection[str] = KINDS,
+    roles: Collection[str] = ROLES,
 ) -> Tracer:
     if noise is not None and not (noise > 0 and math.isfinite(noise)):
         raise ValueError(f"`noise` is {noise}, expected a standard deviation above 0, or None for the default")
-    return Tracer(model, copies, window, batch_size, seed, kinds)
+    return Tracer(model, copies, window, batch_size, seed, kinds, roles)
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> int | None:

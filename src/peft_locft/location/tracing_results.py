@@ -198,6 +198,8 @@ def layers_from_tracing(results: TracingResults, num_layers: int | None = None) 
             f"no MLP was traced, only {list(results.effects)}: this model's layers have none of a known name"
         )
     effects = results.effects_of("mlp", "last subject token")  # (layers,)
+    if effects.isnan().any():
+        raise ValueError("no MLP was traced at the last subject token: leave `roles` out, or name it among them")
     count = len(effects)
     num_layers = min(_NUM_LAYERS, count) if num_layers is None else num_layers
     if not 1 <= num_layers <= count:

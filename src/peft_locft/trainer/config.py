@@ -287,6 +287,7 @@ class EditConfig(TrainingArguments):
                 f"`recheck_epochs` is {self.recheck_epochs} with `contexts={self.contexts}`, expected one of them: an edit that is "
                 "learned in one form would not be visited in the others"
             )
+        # A margin alone is a matter of the batch, whatever an epoch visits.
         for name in ("recheck_epochs", *(term for term in TERMS if term != "margin")):
             if getattr(self, name) and (self.dataloader_num_workers or self.world_size > 1):
                 raise ValueError(

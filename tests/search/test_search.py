@@ -57,6 +57,16 @@ def test_a_trial_is_a_run_of_the_trainer(search, make_model, tokenizer, edits, a
     assert max(row.scores["reliability"] for row in results.rows) > 0.5  # it is no comparison of nothing with nothing
 
 
+def test_scores_are_the_same_where_no_states_are_kept_in_memory(search, args):
+    kept, none = (
+        search(texts=TEXTS, args=args(prefix_cache_memory=memory), groups=["down"], layers=[0, 1, 2])
+        for memory in (4, 0)
+    )
+    for one, other in zip(kept.rows, none.rows, strict=True):
+        assert one.place == other.place and one.rung == other.rung
+        assert one.scores == pytest.approx(other.scores, rel=1e-4)
+
+
 def _in_order_of_search(edits, seed):
     import random
 

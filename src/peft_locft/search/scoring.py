@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 
 from peft import PeftModel
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..edits import EditSet
 from ..evaluation import METRICS, Answer, ask, evaluate_edits, questions_of
 from ..evaluation.capability import perplexity
+from .text_states import TextStates
 
 
 # What a place is ranked by: the mean of those of them that exist.
@@ -34,6 +36,8 @@ class Scorer:
             Further measures of what the model can do; more is better.
         batch_size (`int`):
             How many questions are asked at once.
+        states ([`TextStates`], *optional*):
+            Where to keep what the layers below an edit say about the texts.
 
     Attributes:
         before (`dict[str, float]`):
@@ -51,8 +55,10 @@ class Scorer:
         texts: Sequence[str] | None,
         metrics: Mapping[str, Callable[[PreTrainedModel], float]] | None,
         batch_size: int,
+        states: TextStates | None = None,
     ):
         self.tokenizer, self.texts, self.metrics, self.batch_size = tokenizer, texts, metrics or {}, batch_size
+        self._states = states
         self.before = self._measure(model)
         for name, value in self.before.items():
             if not (math.isfinite(value) and value > 0):
@@ -92,7 +98,9 @@ class Scorer:
     def _measure(self, model: PreTrainedModel | PeftModel) -> dict[str, float]:
         measured = {}
         if self.texts is not None:
-            measured["perplexity"] = perplexity(model, self.tokenizer, self.texts)
+            measure = partial(perplexity, model, self.tokenizer, self.texts)
+            is_whole = self._states is None or not isinstance(model, PeftModel)
+            measured["perplexity"] = measure() if is_whole else self._states.read(model, measure)
         return measured | {name: float(metric(model)) for name, metric in self.metrics.items()}
 
     def _left(self, name: str, value: float) -> float:

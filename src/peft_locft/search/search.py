@@ -31,6 +31,7 @@ from .results import SearchResults
 from .rungs import plan_rungs
 from .scoring import Scorer, check_metrics
 from .sweep import Sweep
+from .text_states import TextStates
 
 
 # Arguments of a run that change nothing of what it finds, in full or, with an underscore at the end, by their beginning.
@@ -64,8 +65,8 @@ def search_locations(
     twice the edits for twice the epochs, and so on; the last rung trains on the whole sample for all epochs of `args`. A
     place is ranked by the mean of its scores: reliability, generalization, locality, portability and capability, as far as
     the edits have such questions and texts or metrics are given. A trial is the same as a run of [`EditTrainer`] with its
-    place, edits, epochs and rate. The model is loaded once, the unedited model is asked once, and in each rung one forward
-    pass gives the states that enter every layer.
+    place, edits, epochs and rate. The model is loaded once, the unedited model is asked once, in each rung one forward
+    pass gives the states that enter every layer, and texts are read from the edited layer on.
 
     Without a `learning_rate` in `args`, a place is trained at the automatic rate of the [`EditTrainer`] for it.
 
@@ -146,7 +147,8 @@ def search_locations(
             model.to(args.device)
         args.output_dir = str(work)
         fill_samples(args, model, tokenizer)
-        scorer = Scorer(model, tokenizer, edits, texts, metrics, args.per_device_eval_batch_size)
+        states = TextStates({place.layer for place in places}, args.prefix_cache_memory * 2**30)
+        scorer = Scorer(model, tokenizer, edits, texts, metrics, args.per_device_eval_batch_size, states)
         rows = Sweep(model, tokenizer, edits, args, scorer, journal).run(places, plan)
     name = getattr(model.config, "_name_or_path", "")
     found = {"model": name, "edits": len(edits), "seed": args.seed, "rungs": [rung._asdict() for rung in plan]}

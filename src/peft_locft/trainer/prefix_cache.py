@@ -7,7 +7,7 @@ layers would be wrong where a layer looks up by its index what kind of attention
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -51,12 +51,21 @@ def find_prefix(model: PeftModel) -> Prefix | None:
     Returns:
         [`Prefix`] or `None`: `None` where there is nothing to gain: the lowest layer is trained, or the embeddings are.
     """
-    layers, lowest = _layers_from(model)
+    layers, lowest = layers_of(model)
     return Prefix(layers[:lowest], layers[lowest]) if lowest else None
 
 
-def _layers_from(model: PeftModel) -> tuple[list[nn.Module], int]:
-    """Return the layers that are trained on, and the number of the lowest trained one; 0 where nothing is below it."""
+def layers_of(model: PeftModel) -> tuple[list[nn.Module], int]:
+    """Return the layers that are trained on, and the number of the lowest trained one.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+
+    Returns:
+        `tuple[list[torch.nn.Module], int]`: All layers of this stack, and the number, counted from 0; none and 0 where something
+        is trained that is in no layer.
+    """
     base = model.get_base_model()
     trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     stacks = sorted({layers_name(name) for name in trained} - {None})
@@ -109,22 +118,38 @@ class PrefixCache:
                 The states of a batch, of shape (rows, width, hidden).
         """
 
-        def put_in(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            # What was passed on from the embeddings has the dtype that the model computes in at present.
-            if args:
-                return (states.to(args[0].dtype), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": states.to(kwargs["hidden_states"].dtype)}
+        with entering(self.prefix, lambda: states, self.store.outputs):
+            yield
 
-        handle = self.prefix.first.register_forward_pre_hook(put_in, with_kwargs=True)
-        try:
-            with replaced_forwards(dict.fromkeys(self.prefix.below, self._pass_on)):
-                yield
-        finally:
-            handle.remove()
 
-    def _pass_on(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
-        outputs = self.store.outputs
+@contextmanager
+def entering(prefix: Prefix, next_states: Callable[[], torch.Tensor], outputs: int) -> Iterator[None]:
+    """Within this context, a model's lower layers do nothing, and the next one gets states that were kept.
+
+    Args:
+        prefix ([`Prefix`]):
+            Where the model is cut.
+        next_states (`Callable[[], torch.Tensor]`):
+            Returns the states of a forward pass, of shape (rows, width, hidden).
+        outputs (`int`):
+            How many outputs a layer has, of which all but the first may be nothing; 0 where it returns no tuple.
+    """
+
+    def put_in(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        # What was passed on from the embeddings has the dtype that the model computes in at present, and its device.
+        if args:
+            return (next_states().to(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": next_states().to(kwargs["hidden_states"])}
+
+    def pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
         return (hidden_states, *[None] * (outputs - 1)) if outputs else hidden_states
+
+    handle = prefix.first.register_forward_pre_hook(put_in, with_kwargs=True)
+    try:
+        with replaced_forwards(dict.fromkeys(prefix.below, pass_on)):
+            yield
+    finally:
+        handle.remove()
 
 
 class _LentStore:
@@ -164,7 +189,7 @@ class _SharedStates:
             return None
         tokens = dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
         if self.store is None:
-            layers, _ = _layers_from(model)
+            layers, _ = layers_of(model)
             self.layers = [layers[number] for number in self.numbers]
             self.dtype, self.tokens = dtype, tokens
             with unedited(model):

@@ -251,5 +251,5 @@ def test_no_more_layers_are_proposed_than_there_are(num_layers):
 
 
 def test_without_mlps_no_layers_are_proposed():
-    with pytest.raises(ValueError, match=r"no MLP was traced, only \['states'\]"):
+    with pytest.raises(ValueError, match=r"no MLP was traced, only \['states'\]: leave `kinds` out, or name"):
         layers_from_tracing(TracingResults({"states": torch.zeros(6, 3)}, {}, [], {}))

@@ -4,6 +4,7 @@ import pytest
 
 from peft_locft import Edit, EditConfig, EditSet
 from peft_locft.edits.contexts import chat_form
+from peft_locft.trainer import augmentation
 from peft_locft.trainer.augmentation import contexts_of, drawn_form, every_way, varied
 from peft_locft.trainer.forms import make_forms
 
@@ -50,9 +51,8 @@ def test_contexts_are_question_chat_prefixes_and_words_left_out(edits):
     for form in (forms[2], forms[6]):
         assert form.endswith(". The capital of Kazakhstan is")
         assert any(text.startswith(form.removesuffix(". The capital of Kazakhstan is")) for text in TEXTS)
-    assert {*forms[3:6], forms[7]} <= {
-        f"{head}Kazakhstan is" for head in ("", "The ", "capital ", "of ", "The capital ", "The of ", "capital of ")
-    } | {edits[0].prompt}
+    for form in (*forms[3:6], forms[7]):
+        assert form.endswith(" is") and set(form.split()) <= set(edits[0].prompt.split()) and "Kazakhstan" in form
     assert forms == contexts_of(edits[0], 8, TEXTS, chat, 0)
     assert contexts_of(edits[0], 1, TEXTS, chat, 0) == forms[:1]
     assert len(contexts_of(edits[0], 4, TEXTS, None, 0)) == 4
@@ -73,7 +73,8 @@ def test_contexts_are_question_chat_prefixes_and_words_left_out(edits):
     ],
     ids=["subject", "names", "a name first", "no capitals", "numbers", "no spaces"],
 )
-def test_words_are_left_out_but_those_of_the_subject_and_the_last(edit, kept):
+def test_words_are_left_out_but_those_of_the_subject_and_the_last(edit, kept, monkeypatch):
+    monkeypatch.setattr(augmentation, "_MOVED", 0)
     thinned = [form for seed in range(3000) for form in contexts_of(edit, 5, TEXTS, None, seed)[2:]]
     words = edit.prompt.split()
     for form in thinned:
@@ -82,6 +83,59 @@ def test_words_are_left_out_but_those_of_the_subject_and_the_last(edit, kept):
         assert all(word in form.split() for word in kept.split())
     assert any(" ".join(form.split()) == kept for form in thinned)
     assert all(any(word not in form.split() for form in thinned) for word in set(words) - set(kept.split()))
+
+
+@pytest.mark.parametrize(
+    ("edit", "some", "end"),
+    [
+        (
+            Edit("Which company is Acme Inc. a part of?", "x", subject="Acme Inc."),
+            {"Acme Inc. Which company is a part of?", "Which company is a part of Acme Inc.?", "part Acme Inc.?"},
+            "?",
+        ),
+        (
+            Edit("哪个国家 是 墨西哥 的 邻居？", "x", subject="墨西哥"),
+            {"墨西哥 是？", "哪个国家 墨西哥 是 邻居？"},
+            "？",
+        ),
+        (Edit("Who wrote Why Me?", "x", subject="Why Me?"), {"Why Me Who?", "Who Why Me wrote?"}, "?"),
+        (
+            Edit("The capital of Peru is", "x", subject="Peru"),
+            {"Peru The capital of is", "The Peru capital is"},
+            " is",
+        ),
+        (
+            Edit("The firm's, Acme's, boss is", "x", subject="Acme"),
+            {"Acme's, The is", "boss Acme's, is"},
+            " is",
+        ),
+    ],
+    ids=["question", "another mark", "a mark in the subject", "no question", "not only the subject in a word"],
+)
+def test_the_subject_stands_elsewhere_in_half_of_these(edit, some, end):
+    forms = [form for seed in range(3000) for form in contexts_of(edit, 5, TEXTS, None, seed)[2:]]
+    words = edit.prompt.removesuffix(end).split()
+    name = edit.subject.removesuffix(end).split()
+    (at,) = (n for n in range(len(words)) if all(mine in word for mine, word in zip(name, words[n:])))
+    before, name, after = words[:at], words[at : at + len(name)], words[at + len(name) :]
+
+    def is_moved(form):
+        body = form.removesuffix(end).split()
+        (at,) = (n for n in range(len(body)) if body[n : n + len(name)] == name)
+        others = body[:at], body[at + len(name) :]
+        left = iter(before + after)
+        assert all(word in left for part in others for word in part)  # in their order
+        return bool(set(others[0]) & set(after) or set(others[1]) & set(before))
+
+    assert all(form.endswith(end) for form in forms)
+    assert some <= set(forms)
+    assert 0.3 < sum(map(is_moved, forms)) / len(forms) <= 0.55
+
+
+@pytest.mark.parametrize("edit", [Edit("Peru is", "x", subject="Peru"), Edit("We know Peru", "x", subject="Peru")])
+def test_a_subject_that_has_no_other_place_stays(edit):
+    forms = {form for seed in range(200) for form in contexts_of(edit, 5, TEXTS, None, seed)[2:]}
+    assert all(form.split() == sorted(form.split(), key=edit.prompt.split().index) for form in forms)
 
 
 def test_questions_are_put_in_several_ways():
@@ -165,10 +219,10 @@ def test_no_form_contradicts_another_edit_or_is_scored(tokenizer, seed):
         scored = {prompt for edit in edits for prompt in (*edit.rephrases, edit.locality[0].prompt)}
         return [form for form, targets in taught.items() if len(targets) > 1 or form in scored]
 
-    apart = [(edit, form) for edit in edits for form in contexts_of(edit, 6, TEXTS, None, seed)]
+    apart = [(edit, form) for edit in edits for form in contexts_of(edit, 12, TEXTS, None, seed)]
     assert clashes(apart)  # each edit by itself does not know of the others
-    rows = make_forms(edits, 6, TEXTS, None, tokenizer, None, seed)
-    assert len(rows) == 6 * len(edits)
+    rows = make_forms(edits, 12, TEXTS, None, tokenizer, None, seed)
+    assert len(rows) == 12 * len(edits)
     found = []
     for row in rows:
         edit = edits[row["index"]]

@@ -12,9 +12,11 @@ from ..edits.contexts import in_context
 
 _PREFIX_WORDS = (2, 10)
 # Of the further forms, every fourth stands behind text. In the other three words are left out, so that they are no longer
-# than the prompt, and the prefix cache and the steps grow less.
+# than the prompt, and the prefix cache and the steps grow less; in half of these, the subject stands elsewhere.
 _TO_A_PREFIX = 4
 _LEFT_OUT = 0.35
+_MOVED = 0.5
+_QUESTION_MARK = re.compile(r"\s*[?？؟]+\s*$")
 _TRIES = 8
 
 
@@ -27,8 +29,9 @@ def contexts_of(
     is_free: Callable[[str, str], bool] = lambda form, target: True,
 ) -> list[str]:
     """Return further forms of an edit's prompt: as a question to be answered, as a turn of a chat, and behind random text
-    that the model said (LocFT-BF, appendix on data augmentation), and with words left out (random deletion,
-    [arXiv 1901.11196](https://arxiv.org/abs/1901.11196)), so that it holds by its subject and not by its very words.
+    that the model said (LocFT-BF, appendix on data augmentation), and with words left out and its subject at another place
+    (random deletion and swap, [arXiv 1901.11196](https://arxiv.org/abs/1901.11196), section 2), so that it holds by its
+    subject and not by its very words.
 
     Args:
         edit ([`Edit`]):
@@ -55,8 +58,8 @@ def contexts_of(
         if (len(forms) - asked) % _TO_A_PREFIX == 0:
             forms.append(_behind_text(edit.prompt, prefixes, choice))
         else:
-            thinned = (_thinned(edit, choice) for _ in range(_TRIES))
-            forms.append(next((form for form in thinned if is_free(form, edit.target)), edit.prompt))
+            others = (_in_other_words(edit, choice) for _ in range(_TRIES))
+            forms.append(next((form for form in others if is_free(form, edit.target)), edit.prompt))
     return forms[:count]
 
 
@@ -108,6 +111,39 @@ def every_way(prompt: str, chat: str | None, prefixes: Sequence[str], seed: int)
 def _behind_text(prompt: str, prefixes: Sequence[str], choice: random.Random) -> str:
     words = choice.choice(prefixes).split()[: choice.randint(*_PREFIX_WORDS)]
     return f"{' '.join(words)}. {prompt}"
+
+
+def _in_other_words(edit: Edit, choice: random.Random) -> str:
+    moved = _moved(edit, choice) if choice.random() < _MOVED else None
+    return _thinned(edit, choice) if moved is None else moved
+
+
+def _moved(edit: Edit, choice: random.Random) -> str | None:
+    """Leave words of a prompt out, and put its subject between others of its words, or before the mark of a question. Behind
+    the last word of another prompt the answer stands, so that it stays the last.
+
+    Returns `None` where there is no subject, or no other place for it.
+    """
+    first = edit.prompt.find(edit.subject) if edit.subject else -1
+    if first < 0:
+        return None
+
+    def is_subject(word: re.Match) -> bool:
+        return word.start() < first + len(edit.subject) and word.end() > first
+
+    mark = _QUESTION_MARK.search(edit.prompt)
+    words = list(re.finditer(r"\S+", edit.prompt[: mark.start() if mark else None]))
+    if mark is None and is_subject(words[-1]):
+        return None
+    end = f" {words.pop()[0]}" if mark is None else mark[0]
+    kept = [word for word in words if not is_subject(word) and choice.random() >= _LEFT_OUT]
+    before = sum(word.start() < first for word in kept)
+    gaps = [gap for gap in range(len(kept) + 1) if gap != before]
+    if not gaps:
+        return None
+    gap = choice.choice(gaps)
+    subject = [word[0] for word in words if is_subject(word)]
+    return " ".join([*(word[0] for word in kept[:gap]), *subject, *(word[0] for word in kept[gap:])]) + end
 
 
 def _thinned(edit: Edit, choice: random.Random) -> str:

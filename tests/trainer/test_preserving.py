@@ -132,7 +132,7 @@ def test_a_batch_is_held_to_as_many_as_it_has_edits_up_to_a_limit(edits, tokeniz
     some = [anchors.Anchor([1, 2], 0, torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1))] * 50
     pool = TrainingPool(bare, anchors=some)
     rows = [bare[0]] * 40
-    for count, expected in ((3, 3), (40, 25)):
+    for count, expected in ((3, 3), (40, 8)):
         drawn = pool.drawn_anchors(rows[:count])
         assert len(drawn) == len(set(drawn)) == expected
         assert drawn == pool.drawn_anchors(rows[:count])

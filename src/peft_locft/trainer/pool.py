@@ -14,8 +14,8 @@ from .augmentation import drawn_form
 from .data import FEATURES, IGNORED
 
 
-# With batches of a hundred edits, as many again would take most of a step's time. All settings of docs/log.md but a few had 25.
-_MOST_ANCHORS = 25
+# 25 of them took two fifths of a step's time, and left no more of the model alone (docs/log.md).
+_MOST_ANCHORS = 8
 
 
 class TrainingPool:
@@ -72,7 +72,7 @@ class TrainingPool:
         return {**self.rows[row], "row": row}
 
     def drawn_anchors(self, edits: Sequence[dict]) -> list[int]:
-        """Return which anchors a batch is held to: as many as it has edits, up to 25, chosen by its edits and the epoch alone, so
+        """Return which anchors a batch is held to: as many as it has edits, up to 8, chosen by its edits and the epoch alone, so
         that a run that is interrupted chooses the same again.
 
         Args:

@@ -95,3 +95,19 @@ def test_layers_that_say_more_to_each_other_are_read_whole(make_model, tokenizer
     monkeypatch.setattr(last, "forward", lambda *args, **kwargs: last_forward(*args, **kwargs) + said.pop())
     place = edited(model, 2)
     assert read(states, place) == pytest.approx(whole(place, tokenizer), rel=1e-6)
+
+
+def test_layers_that_change_what_enters_them_in_place(make_model, tokenizer, read, monkeypatch):
+    model, states = make_model(), TextStates([1, 2], MEMORY)
+    for layer in model.model.layers:
+        own = layer.forward
+        monkeypatch.setattr(
+            layer, "forward", lambda hidden, *args, own=own, **kwargs: own(hidden.mul_(0.5), *args, **kwargs)
+        )
+    for layer in (2, 1, 2, 1):
+        place = edited(model, layer)
+        for _ in range(2):
+            found, passes = lowest_mlp_passes(place, partial(read, states, place))
+            assert found == pytest.approx(whole(place, tokenizer), rel=1e-6)
+        assert passes == 0  # they are kept all the same
+        model = place.unload()

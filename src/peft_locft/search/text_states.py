@@ -29,9 +29,8 @@ class TextStates:
     def __init__(self, layers: Collection[int], most_bytes: float):
         self._numbers = {number for number in layers if number > 0}  # below the first one, there is nothing to share
         self._most = most_bytes
-        self._states: dict[int, list[torch.Tensor]] | None = (
-            None  # by layer, one a forward pass, (rows, width, hidden)
-        )
+        # By layer, one a forward pass, each (rows, width, hidden).
+        self._states: dict[int, list[torch.Tensor]] | None = None
         self._outputs = 0
 
     def read(self, model: PeftModel, measure: Callable[[], float]) -> float:
@@ -78,7 +77,7 @@ class TextStates:
     def _keeping(self, layers: list[nn.Module]) -> Iterator[None]:
         def keep(number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
             if number in self._states:
-                self._states[number].append((args[0] if args else kwargs["hidden_states"]).cpu())
+                self._states[number].append((args[0] if args else kwargs["hidden_states"]).to("cpu", copy=True))
                 if sum(states.nbytes for some in self._states.values() for states in some) > self._most:
                     self._states.clear()
 
@@ -99,5 +98,5 @@ class TextStates:
     @contextmanager
     def _entering(self, prefix: Prefix) -> Iterator[None]:
         states = iter(self._states[len(prefix.below)])
-        with entering(prefix, lambda: next(states), self._outputs):
+        with entering(prefix, lambda: next(states).clone(), self._outputs):  # a layer may change it in place
             yield

@@ -195,8 +195,8 @@ def layers_from_tracing(results: TracingResults, num_layers: int | None = None) 
     """
     if "mlp" not in results.effects:
         raise ValueError(
-            f"no MLP was traced, only {list(results.effects)}: leave `kinds` out, or name 'mlp' among them. If it was left out, this "
-            "model's layers have no MLP of a known name"
+            f"no MLP was traced, only {list(results.effects)}: leave `kinds` out, or name 'mlp' among them. Without "
+            "`kinds`, it means that this model's layers have no MLP of a known name"
         )
     effects = results.effects_of("mlp", "last subject token")  # (layers,)
     if effects.isnan().any():

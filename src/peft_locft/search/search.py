@@ -147,8 +147,9 @@ def search_locations(
             model.to(args.device)
         args.output_dir = str(work)
         fill_samples(args, model, tokenizer)
-        memory = args.prefix_cache_memory * 2**30 if args.prefix_cache else 0
-        states = TextStates({place.layer for place in places}, memory)
+        states = None
+        if args.prefix_cache:
+            states = TextStates({place.layer for place in places}, args.prefix_cache_memory * 2**30)
         scorer = Scorer(model, tokenizer, edits, texts, metrics, args.per_device_eval_batch_size, states)
         rows = Sweep(model, tokenizer, edits, args, scorer, journal).run(places, plan)
     name = getattr(model.config, "_name_or_path", "")

@@ -124,43 +124,47 @@ def _moved(edit: Edit, choice: random.Random) -> str | None:
 
     Returns `None` where there is no subject, or no other place for it.
     """
-    first = edit.prompt.find(edit.subject) if edit.subject else -1
-    if first < 0:
+    subject = _subject_place(edit)
+    if subject is None:
         return None
-
-    def is_subject(word: re.Match) -> bool:
-        return word.start() < first + len(edit.subject) and word.end() > first
-
     mark = _QUESTION_MARK.search(edit.prompt)
     words = list(re.finditer(r"\S+", edit.prompt[: mark.start() if mark else None]))
-    if mark is None and is_subject(words[-1]):
+    if mark is None and _overlaps(words[-1], subject):
         return None
     end = f" {words.pop()[0]}" if mark is None else mark[0]
-    kept = [word for word in words if not is_subject(word) and choice.random() >= _LEFT_OUT]
-    before = sum(word.start() < first for word in kept)
+    kept = [word for word in words if not _overlaps(word, subject) and choice.random() >= _LEFT_OUT]
+    before = sum(word.start() < subject.start for word in kept)
     gaps = [gap for gap in range(len(kept) + 1) if gap != before]
     if not gaps:
         return None
     gap = choice.choice(gaps)
-    subject = [word[0] for word in words if is_subject(word)]
-    return " ".join([*(word[0] for word in kept[:gap]), *subject, *(word[0] for word in kept[gap:])]) + end
+    moved = [*kept[:gap], *(word for word in words if _overlaps(word, subject)), *kept[gap:]]
+    return " ".join(word[0] for word in moved) + end
 
 
 def _thinned(edit: Edit, choice: random.Random) -> str:
     """Leave words of a prompt out, but not those of its subject, nor the last, behind which the answer stands."""
     words = list(re.finditer(r"\S+\s*", edit.prompt))
-    first = edit.prompt.find(edit.subject) if edit.subject else -1
-    subject = range(first, first + len(edit.subject)) if first >= 0 else None
+    subject = _subject_place(edit)
 
     def is_kept(word: re.Match) -> bool:
         if subject is None:  # names and numbers may be of the subject
             return any(not letter.islower() for letter in word[0] if letter.isalnum())
-        return word.start() < subject.stop and word.end() > subject.start
+        return _overlaps(word, subject)
 
     if not any(map(is_kept, words)):
         return edit.prompt  # whatever is left out might be the name
     kept = [word[0] for word in words if word is words[-1] or is_kept(word) or choice.random() >= _LEFT_OUT]
     return "".join(kept)
+
+
+def _subject_place(edit: Edit) -> range | None:
+    first = edit.prompt.find(edit.subject) if edit.subject else -1
+    return range(first, first + len(edit.subject)) if first >= 0 else None
+
+
+def _overlaps(word: re.Match, places: range) -> bool:
+    return word.start() < places.stop and word.end() > places.start
 
 
 def _asked(prompt: str, chat: str | None) -> list[str]:

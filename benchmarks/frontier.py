@@ -86,7 +86,7 @@ def main() -> None:
     edits = load_edits(options.edits, on_conflict="first")[options.first_edit :][: options.num_edits]
     scored = edits[:: max(len(edits) // options.num_scored, 1)]
     model = load(options.model)
-    samples = own_samples(model, tokenizer, folder / "samples.json")
+    samples = own_samples(model, tokenizer, edits, folder / "samples.json")
     questions = {Path(name).stem: load_choices(name)[: options.num_choices] for name in options.choices}
     metrics = {
         name: lambda model, questions=questions: multiple_choice_accuracy(model, tokenizer, questions)
@@ -179,11 +179,11 @@ def leaked(model, tokenizer, edits) -> float:
     return sum(told) / max(len(told), 1)
 
 
-def own_samples(model, tokenizer, path: Path) -> dict:
+def own_samples(model, tokenizer, edits, path: Path) -> dict:
     """What the unedited model makes up, kept beside the results."""
     if not path.is_file():
         args = EditConfig(output_dir=tempfile.mkdtemp(), recipe="careful")
-        fill_samples(args, model, tokenizer)
+        fill_samples(args, edits, model, tokenizer)
         names = ("preservation_prompts", "preservation_texts")
         path.write_text(json.dumps({name: getattr(args, name) for name in names}, ensure_ascii=False, indent=1))
     return json.loads(path.read_text())

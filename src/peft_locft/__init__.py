@@ -26,7 +26,7 @@ from .location import (
     trace_edits,
 )
 from .planning import Plan, plan_edit
-from .preservation import InputStatistics, input_statistics, sample_questions, sample_texts
+from .preservation import InputStatistics, input_statistics, sample_questions, sample_statements, sample_texts
 from .search import SearchResults, load_search, plot_search, search_locations
 from .trainer import EditConfig, EditTrainer
 from .tuner import BaseMismatchWarning, LocFTConfig, LocFTModel, MergeCost, merge_report
@@ -72,6 +72,7 @@ __all__ = [
     "plot_search",
     "plot_tracing",
     "sample_questions",
+    "sample_statements",
     "sample_texts",
     "save_as_lora",
     "save_compressed",

@@ -8,7 +8,14 @@ from torch.nn import functional as F
 
 from peft_locft.evaluation import generate_greedy
 from peft_locft.preservation import anchors as anchors_file
-from peft_locft.preservation import divergence, make_anchors, sample_questions, sample_texts
+from peft_locft.preservation import (
+    divergence,
+    make_anchors,
+    sample_questions,
+    sample_statements,
+    sample_texts,
+    samples,
+)
 
 
 PROMPTS = ["The capital of Peru is", "Oslo", "What is the capital of Kenya?"]
@@ -98,6 +105,28 @@ def test_questions_end_at_their_question_mark(smollm):
     assert 12 <= len(questions) == len(set(questions))
     assert all(question.endswith("?") and question.count("?") == 1 for question in questions)
     assert any(question.startswith("What") for question in questions)
+
+
+def test_statements_are_left_to_be_ended(smollm):
+    statements = sample_statements(*smollm, 24, seed=0)
+    assert 8 <= len(statements) == len(set(statements)) <= 24
+    assert all(len(statement.split()) >= 3 and statement[-1] not in "!?" for statement in statements)
+    assert any(statement.startswith("The ") for statement in statements)
+
+
+def test_the_end_of_a_statement_is_left_to_be_said(make_model, tokenizer, monkeypatch):
+    said = [" is in Peru. It is old.", " is in\nPeru.", ".", " lives in the U.S. of America!", " has a long red tail."]
+    monkeypatch.setattr(samples, "_random_words", lambda *args: ["Lima"] * 5)
+    monkeypatch.setattr(samples, "_SUBJECTS", ["{0}"])
+    monkeypatch.setattr(samples, "_sample", lambda *args: said)
+    ends = set()
+    for seed in range(20):
+        first, *rest = sample_statements(make_model(), tokenizer, 5, seed)
+        assert first == "Lima is in"
+        assert len(rest) == 2 and "Lima lives in the U.S. of America".startswith(rest[0] + " ")
+        assert "Lima has a long red tail".startswith(rest[1] + " ") and len(rest[1].split()) >= 3
+        ends.add(rest[1])
+    assert len(ends) == 3
 
 
 def test_a_large_batch_of_anchors_is_that_of_small_ones(make_model, tokenizer, monkeypatch):

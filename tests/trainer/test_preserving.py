@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
-from peft_locft import EditConfig, LocFTConfig
+from peft_locft import Edit, EditConfig, EditSet, LocFTConfig
 from peft_locft.preservation import InputStatistics, anchors, input_statistics
 from peft_locft.trainer import preserving
 from peft_locft.trainer.augmentation import every_way
@@ -186,7 +186,7 @@ def test_statistics_are_half_of_texts_and_half_of_questions_put_in_every_way(
 
 @pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_samples_are_drawn_in_16_bits_where_that_is_faster(
-    make_model, tokenizer, monkeypatch, tmp_path, has, expected
+    make_model, tokenizer, edits, monkeypatch, tmp_path, has, expected
 ):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
     model, used = make_model(), set()
@@ -196,9 +196,9 @@ def test_samples_are_drawn_in_16_bits_where_that_is_faster(
         model, "generate", lambda *args, **kwargs: used.add(model.lm_head.weight.dtype) or generate(*args, **kwargs)
     )
     args = EditConfig(output_dir=str(tmp_path), use_cpu=True, kl_weight=1.0)
-    monkeypatch.setattr(preserving, "_QUESTIONS", 4)
+    monkeypatch.setattr(preserving, "_PROMPTS", 4)
     monkeypatch.setattr(preserving, "_TEXTS", 4)
-    fill_samples(args, model, tokenizer)
+    fill_samples(args, edits, model, tokenizer)
     assert used == {expected} and len(args.preservation_texts) == 4
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -248,10 +248,35 @@ def test_training_twice_goes_on_from_where_it_was(make_trainer):
 def test_the_models_own_samples_are_kept_and_forgotten_with_the_run(make_trainer, tmp_path):
     path = tmp_path / "run" / "preservation" / "samples.json"
     make_trainer(contexts=2, kl_weight=1.0, num_train_epochs=1).train()
-    assert set(json.loads(path.read_text())) == {"chat", "given", "questions", "texts"}
+    assert set(json.loads(path.read_text())) == {"chat", "given", "questions", "statements", "texts"}
     path.write_text(json.dumps({"questions": ["of another model"], "texts": ["of another model"]}))
     make_trainer(contexts=2, kl_weight=1.0, num_train_epochs=1).train()
     assert "of another model" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "questions", "others"),
+    [
+        (["Who rules {}?", "Where is {}？"], 1000, 0),
+        (["The king of {} is", "Where is {}? It is in"], 334, 333),
+        (["Who rules {}?", "The king of {} is"], 666, 167),
+    ],
+)
+def test_prompts_are_made_up_of_the_kind_that_the_edits_are(
+    make_model, tokenizer, monkeypatch, tmp_path, prompts, questions, others
+):
+    asked = []
+    for kind, name in (("questions", "sample_questions"), ("statements", "sample_statements")):
+        monkeypatch.setattr(preserving, name, lambda *args, kind=kind: asked.append((kind, args[2])) or [kind])
+    monkeypatch.setattr(preserving, "sample_texts", lambda *args: ["Some text of Ada Lovelace."])
+    edits = EditSet(Edit(prompt.format("Peru"), "Lima", subject="Peru") for prompt in prompts)
+    args = EditConfig(output_dir=str(tmp_path), kl_weight=1.0)
+    fill_samples(args, edits, make_model(), tokenizer)
+    expected = {kind: count for kind, count in (("questions", questions), ("statements", others)) if count}
+    assert dict(asked) == expected
+    begun = [prompt for prompt in prompts if not prompt.endswith(("?", "？"))]
+    assert args.preservation_prompts[: len(expected)] == list(expected)
+    assert set(args.preservation_prompts[len(expected) :]) == {prompt.format("Ada Lovelace") for prompt in begun}
 
 
 def test_texts_are_lines_or_paragraphs(tmp_path):

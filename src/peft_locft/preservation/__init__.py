@@ -4,7 +4,7 @@ from .anchors import Anchor, divergence, make_anchors
 from .deltas import Delta, trained_deltas
 from .limits import LimitCallback, squared_norm
 from .projector import Projection, is_projected
-from .samples import sample_questions, sample_texts
+from .samples import sample_questions, sample_statements, sample_texts
 from .statistics import STATISTICS_NAME, InputStatistics, input_statistics
 
 
@@ -20,6 +20,7 @@ __all__ = [
     "is_projected",
     "make_anchors",
     "sample_questions",
+    "sample_statements",
     "sample_texts",
     "squared_norm",
     "trained_deltas",

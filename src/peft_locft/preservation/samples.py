@@ -26,15 +26,37 @@ _OPENINGS = (
 # What texts begin with, around a random word of the vocabulary. From the same few beginnings, a chat model says much the
 # same, and perplexity on other text rises more (docs/log.md).
 _BEGINNINGS = ("{0}", "The {1}", "{0} is", "{0} was", "In {1}", "{0} and")
-_WORD = re.compile("[A-Za-z][a-z]{2,}")
+_WORD, _NAME = re.compile("[A-Za-z][a-z]{2,}"), re.compile("[A-Z][a-z]{2,}")
 # What makes it likely that a question comes next, on any subject.
 _QUIZ = """A quiz, with one question to a line:
 Which river flows through Vienna?
 Who painted the Mona Lisa?
 What is the smallest prime number?
 """
+# What statements begin with, some of them with a word of the vocabulary that is written as a name.
+_SUBJECTS = (
+    "{0}",
+    "The {0}",
+    "{0} is",
+    "{0} was",
+    "The",
+    "In",
+    "{0},",
+    "The first",
+    "{0} has",
+    "{0}'s",
+    "The name of {0}",
+)
+_FACTS = """Facts, with one to a line:
+The Danube flows through Vienna.
+The Mona Lisa was painted by Leonardo da Vinci.
+The language of Brazil is Portuguese.
+"""
+_SENTENCE = re.compile(r"(.*?\w\w)[.!](?:\s|$)")
+# How many words of a statement are left to be said, at most; and how many it begins with, at least.
+_LEFT, _BEGUN = 3, 3
 _QUESTION_TOKENS = 32
-# A question is to be one that makes sense; a text, as varied as what people write, which is not made of the most probable
+# A question or statement is to be one that makes sense; a text, as varied as what people write, which is not made of the most probable
 # tokens only.
 _QUESTION_TOP_K, _TEXT_TOP_K = 50, 0
 _BATCH = 64
@@ -66,6 +88,40 @@ def sample_questions(
     return list(dict.fromkeys(" ".join(question.split()) for question in asked))
 
 
+def sample_statements(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0
+) -> list[str]:
+    """Let a model go on with a list of facts, and leave the last one to three words of each sentence to be said: "Rocks are
+    made of".
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, as it stands.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        count (`int`):
+            How many to ask for.
+        seed (`int`, *optional*, defaults to `0`):
+            The seed of the sampling.
+
+    Returns:
+        `list[str]`: The beginnings of sentences, at most `count`: what is no sentence, or too short, and what came before is
+        left out.
+    """
+    words = _random_words(tokenizer, count, seed, _NAME)
+    openings = [_SUBJECTS[number % len(_SUBJECTS)].format(word) for number, word in enumerate(words)]
+    prompts = [_FACTS + opening for opening in openings]
+    said = _sample(model, tokenizer, prompts, _QUESTION_TOKENS, _QUESTION_TOP_K, seed)
+    choice = random.Random(seed)
+    begun = []
+    for opening, text in zip(openings, said):
+        sentence = _SENTENCE.match(f"{opening}{text}".split("\n")[0])
+        words = sentence[1].split() if sentence else []
+        if len(words) > _BEGUN:
+            begun.append(" ".join(words[: -choice.randint(1, min(_LEFT, len(words) - _BEGUN))]))
+    return list(dict.fromkeys(begun))
+
+
 def sample_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int = 0
 ) -> list[str]:
@@ -95,7 +151,7 @@ def sample_texts(
     return [f"{beginning}{text}" for beginning, text in zip(beginnings, said)]
 
 
-def _random_words(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[str]:
+def _random_words(tokenizer: PreTrainedTokenizerBase, count: int, seed: int, kind: re.Pattern = _WORD) -> list[str]:
     """Return words, each of which is one token that begins with a space; the same ones again if there are few."""
     numbers = list(range(len(tokenizer)))
     random.Random(seed).shuffle(numbers)
@@ -103,11 +159,11 @@ def _random_words(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> 
     for number in numbers:
         token = tokenizer.convert_ids_to_tokens(number) or ""
         # As byte-level tokenizers write a space, and as SentencePiece does.
-        if token.startswith(("Ġ", "▁")) and _WORD.fullmatch(word := tokenizer.decode([number]).strip()):
+        if token.startswith(("Ġ", "▁")) and kind.fullmatch(word := tokenizer.decode([number]).strip()):
             words.append(word)
         if len(words) == count:
             break
-    words = words or ["world"]
+    words = words or ["World"]
     return [words[number % len(words)] for number in range(count)]
 
 

@@ -146,7 +146,7 @@ def search_locations(
         if not hasattr(model, "hf_device_map"):
             model.to(args.device)
         args.output_dir = str(work)
-        fill_samples(args, model, tokenizer)
+        fill_samples(args, edits, model, tokenizer)
         states = None
         if args.prefix_cache:
             states = TextStates({place.layer for place in places}, args.prefix_cache_memory * 2**30)

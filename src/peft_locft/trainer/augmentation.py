@@ -108,6 +108,19 @@ def every_way(prompt: str, chat: str | None, prefixes: Sequence[str], seed: int)
     return [prompt, lower, *_asked(prompt, chat), behind]
 
 
+def is_question(prompt: str) -> bool:
+    """Return whether a prompt ends with a question mark, and is no beginning of a sentence.
+
+    Args:
+        prompt (`str`):
+            The prompt.
+
+    Returns:
+        `bool`: Whether it does.
+    """
+    return _QUESTION_MARK.search(prompt) is not None
+
+
 def _behind_text(prompt: str, prefixes: Sequence[str], choice: random.Random) -> str:
     words = choice.choice(prefixes).split()[: choice.randint(*_PREFIX_WORDS)]
     return f"{' '.join(words)}. {prompt}"
@@ -124,7 +137,7 @@ def _moved(edit: Edit, choice: random.Random) -> str | None:
 
     Returns `None` where there is no subject, or no other place for it.
     """
-    subject = _subject_place(edit)
+    subject = subject_place(edit)
     if subject is None:
         return None
     mark = _QUESTION_MARK.search(edit.prompt)
@@ -145,7 +158,7 @@ def _moved(edit: Edit, choice: random.Random) -> str | None:
 def _thinned(edit: Edit, choice: random.Random) -> str:
     """Leave words of a prompt out, but not those of its subject, nor the last, behind which the answer stands."""
     words = list(re.finditer(r"\S+\s*", edit.prompt))
-    subject = _subject_place(edit)
+    subject = subject_place(edit)
 
     def is_kept(word: re.Match) -> bool:
         if subject is None:  # names and numbers may be of the subject
@@ -158,7 +171,7 @@ def _thinned(edit: Edit, choice: random.Random) -> str:
     return "".join(kept)
 
 
-def _subject_place(edit: Edit) -> range | None:
+def subject_place(edit: Edit) -> range | None:
     first = edit.prompt.find(edit.subject) if edit.subject else -1
     return range(first, first + len(edit.subject)) if first >= 0 else None
 

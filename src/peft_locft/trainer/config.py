@@ -89,11 +89,11 @@ class EditConfig(TrainingArguments):
 
         projector (`float`, *optional*):
             If more than 0, the change of a weight sees its inputs only behind a soft projector, in proportion to
-            (C / t + I)⁻¹, where C is the second moment of the inputs, half of it on ordinary text and half on questions,
+            (C / t + I)⁻¹, where C is the second moment of the inputs, half of it on ordinary text and half on prompts,
             and t is this times the median of C's diagonal. Smaller values protect more. Folded into the adapter at the
             end. Defaults to what the recipe says.
         kl_weight (`float`, *optional*):
-            If more than 0, how much a nat of divergence from what the unedited model says to other questions and in texts
+            If more than 0, how much a nat of divergence from what the unedited model says to other prompts and in texts
             counts beside the loss. Defaults to what the recipe says.
         l2_weight (`float`, *optional*, defaults to `0`):
             If more than 0, how much ‖ΔW‖² / ‖W‖², the mean over edited weights, counts beside the loss.
@@ -102,8 +102,9 @@ class EditConfig(TrainingArguments):
         max_growth (`float`, *optional*, defaults to `0`):
             If more than 0, the largest ‖ΔW‖ / ‖W‖.
         preservation_prompts (`str` or `list[str]`, *optional*):
-            What `kl_weight` asks, and a part of what `projector` protects: questions, or a text file with one to a
-            line. Defaults to questions that the model makes up itself.
+            What `kl_weight` asks, and a part of what `projector` protects: questions and beginnings of sentences, or a
+            text file with one to a line. Defaults to what the model makes up itself: questions, and as far as the edits'
+            prompts do not end with a question mark, beginnings of sentences.
         preservation_texts (`str` or `list[str]`, *optional*):
             Ordinary text for `projector`, `kl_weight` and `contexts`, or a text file with one to a line, or with empty
             lines between them. Defaults to what the model says itself.
@@ -226,7 +227,8 @@ class EditConfig(TrainingArguments):
         default=0.0, metadata={"help": "The largest norm of the change, relative to the weight."}
     )
     preservation_prompts: list[str] | str | None = field(
-        default=None, metadata={"help": "A text file of questions for `kl_weight`. Default: the model's own."}
+        default=None,
+        metadata={"help": "A text file of prompts for `kl_weight`, one to a line. Default: the model's own."},
     )
     preservation_texts: list[str] | str | None = field(
         default=None, metadata={"help": "A file of ordinary text. Default: what the model says itself."}

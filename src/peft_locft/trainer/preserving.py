@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,26 @@ from ..preservation import (
     input_statistics,
     make_anchors,
     sample_questions,
+    sample_statements,
     sample_texts,
     squared_norm,
     trained_deltas,
 )
 from ..tuner.temporary import unedited
-from .augmentation import every_way, varied
+from .augmentation import every_way, is_question, varied
 from .config import EditConfig
 from .forms import make_forms
+from .neighbours import neighbours
 from .pool import TrainingPool
 from .precision import multiplies_bfloat16, rounded
 
 
 FOLDER_NAME = "preservation"
 _SAMPLES_NAME = "samples.json"
-_QUESTIONS, _TEXTS, _TEXT_TOKENS = 1000, 512, 128
+_PROMPTS, _TEXTS, _TEXT_TOKENS = 1000, 512, 128
+# Where all edits are beginnings of sentences, a third of the prompts are others that the model makes up, and a third the
+# edits' own about others. The rest stay questions.
+_STATEMENTS, _NEIGHBOURS = 1 / 3, 1 / 3
 _ANSWER_TOKENS, _ANCHOR_TOKENS = 8, 32
 _MOST = 1000
 # What the unedited model says, where several adapters of one model are trained; empty until the first one is.
@@ -127,7 +132,7 @@ def preserving(
     if asked := [name for name in ("projector", "l2_weight", "max_delta", "max_growth") if getattr(args, name)]:
         deltas = trained_deltas(model, asked[0])  # first, because all else takes minutes
     folder = Path(args.output_dir) / FOLDER_NAME
-    samples = _Samples(model, tokenizer, args, folder)
+    samples = _Samples(model, tokenizer, edits, args, folder)
     projection = None
     if args.projector:
         projection = Projection(deltas, _statistics(model, tokenizer, deltas, samples, args, folder), args.projector)
@@ -180,7 +185,7 @@ def _anchors(
         anchors = make_anchors(
             model,
             tokenizer,
-            varied(samples.questions, samples.chat, samples.texts, seed),
+            varied(samples.prompts, samples.chat, samples.texts, seed),
             samples.texts,
             answer_length=_ANSWER_TOKENS,
             text_length=_ANCHOR_TOKENS,
@@ -192,16 +197,20 @@ def _anchors(
 
 
 class _Samples:
-    """Questions and texts: the user's, or what the unedited model says, kept in a folder for a run that is resumed."""
+    """Prompts and texts: the user's, or what the unedited model says, kept in a folder for a run that is resumed."""
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: EditConfig, folder: Path):
+    def __init__(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, edits: EditSet, args: EditConfig, folder: Path
+    ):
         self._model, self._tokenizer, self._args, self._path = model, tokenizer, args, folder / _SAMPLES_NAME
+        self._edits, self._counts = edits, _counts(edits)
         if args.contexts or args.kl_weight or (args.projector and args.statistics is None):
             self._check_given()
 
     @cached_property
-    def questions(self) -> Sequence[str]:
-        return self._given["preservation_prompts"] or self._said("questions")
+    def prompts(self) -> Sequence[str]:
+        given = self._given["preservation_prompts"]
+        return given or [*self._said("questions"), *self._said("statements"), *self._neighbours()]
 
     @cached_property
     def texts(self) -> Sequence[str]:
@@ -215,6 +224,9 @@ class _Samples:
     def _given(self) -> dict[str, Sequence[str]]:
         return {field: self._own(field) for field in ("preservation_prompts", "preservation_texts")}
 
+    def _neighbours(self) -> Sequence[str]:
+        return neighbours(self._edits, self.texts, self._counts["neighbours"], self._args.seed)
+
     def _own(self, field: str) -> Sequence[str]:
         given = getattr(self._args, field)
         texts = read_texts(given, field) if isinstance(given, str) else [text for text in given or [] if text.strip()]
@@ -225,7 +237,7 @@ class _Samples:
         known = self._known()
         if kind not in known:
             with unedited(self._model):
-                known[kind] = _say(kind, self._model, self._tokenizer, self._args.seed)
+                known[kind] = _say(kind, self._counts, self._model, self._tokenizer, self._args.seed)
             self._keep(known)
         return known[kind]
 
@@ -250,13 +262,30 @@ class _Samples:
         write_atomically(self._path, json.dumps(known, ensure_ascii=False, indent=1))
 
 
-def _say(kind: str, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> Any:
+def _counts(edits: EditSet) -> dict[str, int]:
+    """Return how much of each kind a model is to make up: its prompts are of the kind that the edits' are."""
+    begun = sum(not is_question(edit.prompt) for edit in edits) / max(len(edits), 1)
+    statements, others = (round(share * begun * _PROMPTS) for share in (_STATEMENTS, _NEIGHBOURS))
+    questions = _PROMPTS - statements - others
+    return {"questions": questions, "statements": statements, "neighbours": others, "texts": _TEXTS}
+
+
+def _say(
+    kind: str,
+    counts: dict[str, int],
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> Any:
     if kind == "chat":
         return chat_form(tokenizer)
+    if not counts[kind]:
+        return []
     with _sampling_fast(model):
-        if kind == "questions":
-            return sample_questions(model, tokenizer, _QUESTIONS, seed)
-        return sample_texts(model, tokenizer, _TEXTS, _TEXT_TOKENS, seed)
+        if kind == "texts":
+            return sample_texts(model, tokenizer, counts[kind], _TEXT_TOKENS, seed)
+        sample = sample_questions if kind == "questions" else sample_statements
+        return sample(model, tokenizer, counts[kind], seed)
 
 
 def _sampling_fast(model: PreTrainedModel | PeftModel) -> AbstractContextManager:
@@ -267,21 +296,28 @@ def _sampling_fast(model: PreTrainedModel | PeftModel) -> AbstractContextManager
     return nullcontext()
 
 
-def fill_samples(args: EditConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def fill_samples(args: EditConfig, edits: EditSet, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let a model make up what several runs are going to need, once for all.
 
     Args:
         args ([`EditConfig`]):
             The training arguments, in which it is filled in.
+        edits ([`EditSet`]):
+            The edits.
         model ([`~transformers.PreTrainedModel`]):
             The unedited model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
     """
-    if args.preservation_prompts is None and (args.kl_weight or args.projector):
-        args.preservation_prompts = _say("questions", model, tokenizer, args.seed)
+    counts = _counts(edits)
+    say = partial(_say, counts=counts, model=model, tokenizer=tokenizer, seed=args.seed)
     if args.preservation_texts is None and (args.kl_weight or args.projector or args.contexts):
-        args.preservation_texts = _say("texts", model, tokenizer, args.seed)
+        args.preservation_texts = say("texts")
+    if args.preservation_prompts is None and (args.kl_weight or args.projector):
+        texts = args.preservation_texts
+        texts = read_texts(texts, "preservation_texts") if isinstance(texts, str) else texts
+        others = neighbours(edits, texts, counts["neighbours"], args.seed)
+        args.preservation_prompts = [*say("questions"), *say("statements"), *others]
 
 
 def read_texts(path: str, field: str) -> list[str]:
@@ -327,9 +363,7 @@ def _statistics(
         return InputStatistics.load(folder)  # an interrupted run computed them
     base = model.get_base_model()
     names = [delta.name for delta in deltas]
-    asked = [
-        form for question in samples.questions for form in every_way(question, samples.chat, samples.texts, args.seed)
-    ]
+    asked = [form for prompt in samples.prompts for form in every_way(prompt, samples.chat, samples.texts, args.seed)]
     with unedited(model):
         parts = [input_statistics(base, tokenizer, some, names) for some in (samples.texts, asked) if some]
     # Half of it questions: what all of them have in common shall not be what an edit is told by. As a part of the texts

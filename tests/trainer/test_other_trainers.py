@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from peft_locft import EditConfig, EditTrainer, LocFTConfig
+from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig
 from peft_locft.trainer.data import tokenize_edits
 from peft_locft.trainer.setup import automatic_learning_rate
 
@@ -105,7 +105,7 @@ def test_publishing_an_adapter_of_a_local_base_model_warns(model_folder, edits, 
 
 
 def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
-    def settings(config, **given):
+    def settings(config, edits=edits, **given):
         args = EditConfig(output_dir=str(tmp_path), **given)
         trainer = EditTrainer(make_model(), args, edits, processing_class=tokenizer, peft_config=config)
         assert args.learning_rate == given.get("learning_rate"), "the caller's config was changed"
@@ -118,6 +118,10 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
     assert settings(LoraConfig(target_modules=["down_proj"])).learning_rate == 2e-3
     assert settings(down, learning_rate=0.5).learning_rate == 0.5
     assert settings(down, recipe="careful").learning_rate == pytest.approx(0.55 * 5e-4 * 14336 / 128)
+    for count, factor in ((100, 0.55), (800, 0.55 / 2)):
+        many = EditSet(Edit(f"The number {number} is", "odd") for number in range(count))
+        assert settings(down, many, recipe="careful").learning_rate == pytest.approx(factor * 5e-4 * 14336 / 128)
+        assert settings(down, many).learning_rate == pytest.approx(5e-4 * 14336 / 128)
     assert settings(LoraConfig(target_modules=["down_proj"]), recipe="careful").learning_rate == 2e-3
     several = get_peft_model(make_model(), down)
     several.add_adapter("other", LocFTConfig(layers=[1], target_modules=["mlp.up_proj"]))

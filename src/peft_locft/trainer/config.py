@@ -50,9 +50,9 @@ class EditConfig(TrainingArguments):
         learning_rate (`float`, *optional*):
             The rate of Adam. Defaults to an automatic one: for [`LocFTConfig`], 5e-4 · 14336 / (the widest input of an
             edited module), which is the paper's rate for the 14336-wide down projection of Llama-3-8B and grows as
-            the module gets narrower, and 0.55 times that for the recipe `"careful"`; for any other PEFT config, 2e-3.
-            LoRA on a single module wants more: 2e-2 was right for rank 16 on SmolLM2-135M's layer 22, where 2e-3
-            hardly learned.
+            the module gets narrower, and for the recipe `"careful"` 0.55 times that, falling as the cube root of the
+            number of edits over 100; for any other PEFT config, 2e-3. LoRA on a single module wants more: 2e-2 was right
+            for rank 16 on SmolLM2-135M's layer 22, where 2e-3 hardly learned.
         skip_loss (`float`, *optional*, defaults to `0.01`):
             A batch whose mean loss is under this makes no step. `0` turns this off.
         stop_loss (`float`, *optional*, defaults to `0.01`):

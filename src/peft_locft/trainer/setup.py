@@ -46,7 +46,7 @@ def automatic_learning_rate(model: PeftModel, factor: float) -> float:
         model ([`~peft.PeftModel`]):
             The model to be trained.
         factor (`float`):
-            The recipe's of `RATE_FACTORS`, or 1.
+            The recipe's [`rate_factor`].
 
     Returns:
         `float`: 5e-4 · 14336 / (the widest input of an edited module), times the factor, for LocFT; else 2e-3.

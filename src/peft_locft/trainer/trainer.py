@@ -35,7 +35,7 @@ from .loss import takes_logits_to_keep
 from .offload import offload_prefix
 from .preserving import Preservation
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
-from .recipes import MOST_EDITS, RATE_FACTORS, TERMS, recipe_config
+from .recipes import MOST_EDITS, TERMS, rate_factor, recipe_config
 from .resting import Resting
 from .setup import (
     automatic_batch_size,
@@ -162,7 +162,7 @@ class EditTrainer(BreadthFirstTrainer):
         if args.offload_prefix and not hasattr(base_model, "hf_device_map"):
             offload_prefix(model, args)
         if args.learning_rate is None:
-            args.learning_rate = automatic_learning_rate(model, RATE_FACTORS.get(args.recipe, 1.0))
+            args.learning_rate = automatic_learning_rate(model, rate_factor(args.recipe, len(self.edits)))
 
         pad_token_id = processing_class.pad_token_id
         super().__init__(

@@ -51,6 +51,13 @@ def test_what_is_trained_or_asked_is_not_among_them(place):
     assert set(found) == {f"The king of {name} is" for name in NAMES[:3]}
 
 
+def test_another_edits_subject_is_no_other():
+    edits = EditSet(
+        [Edit("The king of Peru is", "Bob", subject="Peru"), Edit("Who rules Bo Li?", "Eve", subject="Bo Li")]
+    )
+    assert set(neighbours(edits, TEXTS, 40, seed=0)) == {f"The king of {name} is" for name in NAMES[:3]}
+
+
 def test_without_names_or_sentences_there_are_none():
     sentences = EditSet([Edit("The king of Peru is", "Bob", subject="Peru")])
     questions = EditSet([Edit("Who is the king of Peru?", "Bob", subject="Peru")])

@@ -35,17 +35,8 @@ What is the smallest prime number?
 """
 # What statements begin with, some of them with a word of the vocabulary that is written as a name.
 _SUBJECTS = (
-    "{0}",
-    "The {0}",
-    "{0} is",
-    "{0} was",
-    "The",
-    "In",
-    "{0},",
-    "The first",
-    "{0} has",
-    "{0}'s",
-    "The name of {0}",
+    *("{0}", "The {0}", "{0} is", "{0} was", "The", "In"),
+    *("{0},", "The first", "{0} has", "{0}'s", "The name of {0}"),
 )
 _FACTS = """Facts, with one to a line:
 The Danube flows through Vienna.
@@ -56,8 +47,8 @@ _SENTENCE = re.compile(r"(.*?\w\w)[.!](?:\s|$)")
 # How many words of a statement are left to be said, at most; and how many it begins with, at least.
 _LEFT, _BEGUN = 3, 3
 _QUESTION_TOKENS = 32
-# A question or statement is to be one that makes sense; a text, as varied as what people write, which is not made of the most probable
-# tokens only.
+# A question or statement is to be one that makes sense; a text, as varied as what people write, which is not made of the
+# most probable tokens only.
 _QUESTION_TOP_K, _TEXT_TOP_K = 50, 0
 _BATCH = 64
 

@@ -33,7 +33,9 @@ def neighbours(edits: EditSet, texts: Sequence[str], count: int, seed: int) -> l
     Returns:
         `list[str]`: Prompts, none of which is of the edits or asked when these are scored.
     """
-    names = list(dict.fromkeys(name for text in texts for name in _NAME.findall(text)))
+    subjects = {edit.subject for edit in edits}  # what is said of these may be another edit in other words
+    mentioned = dict.fromkeys(name for text in texts for name in _NAME.findall(text))
+    names = [name for name in mentioned if name not in subjects]
     choice = random.Random(seed)
     taken = set()
     for edit in edits:

@@ -5,7 +5,7 @@ import pytest
 from peft_locft import Edit, EditConfig, EditSet
 from peft_locft.edits.contexts import chat_form
 from peft_locft.trainer import augmentation
-from peft_locft.trainer.augmentation import contexts_of, drawn_form, every_way, varied
+from peft_locft.trainer.augmentation import contexts_of, drawn_form, every_way, is_question, varied
 from peft_locft.trainer.forms import make_forms
 
 
@@ -43,19 +43,30 @@ def test_an_epoch_visits_every_edit_once_in_one_of_its_forms(make_trainer, token
         assert f"Question: {edit.prompt}\nAnswer:{end}" in texts
 
 
-def test_contexts_are_question_chat_prefixes_and_words_left_out(edits):
+def in_fewer_words(edit, seeds):
+    places = (2, 3, 4) if is_question(edit.prompt) else (2, 4)  # at the others, there is a question, or text before
+    return [contexts_of(edit, 5, TEXTS, None, seed)[place] for seed in range(seeds) for place in places]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "end", "behind"),
+    [("The capital of Kazakhstan is", "is", {2, 4, 6}), ("Who rules Kazakhstan and its land?", "land?", {2, 6})],
+)
+def test_contexts_are_question_chat_prefixes_and_words_left_out(prompt, end, behind):
     chat = "<user>{the prompt}<model>"
-    forms = contexts_of(edits[0], 8, TEXTS, chat, 0)
-    assert forms[0] == "Question: The capital of Kazakhstan is\nAnswer:"
-    assert forms[1] == "<user>The capital of Kazakhstan is<model>"
-    for form in (forms[2], forms[6]):
-        assert form.endswith(". The capital of Kazakhstan is")
-        assert any(text.startswith(form.removesuffix(". The capital of Kazakhstan is")) for text in TEXTS)
-    for form in (*forms[3:6], forms[7]):
-        assert form.endswith(" is") and set(form.split()) <= set(edits[0].prompt.split()) and "Kazakhstan" in form
-    assert forms == contexts_of(edits[0], 8, TEXTS, chat, 0)
-    assert contexts_of(edits[0], 1, TEXTS, chat, 0) == forms[:1]
-    assert len(contexts_of(edits[0], 4, TEXTS, None, 0)) == 4
+    edit = Edit(prompt, "x")
+    forms = contexts_of(edit, 8, TEXTS, chat, 0)
+    assert forms[0] == f"Question: {prompt}\nAnswer:"
+    assert forms[1] == f"<user>{prompt}<model>"
+    for place, form in enumerate(forms[2:], 2):
+        if place in behind:
+            assert form.endswith(f". {prompt}")
+            assert any(text.startswith(form.removesuffix(f". {prompt}")) for text in TEXTS)
+        else:
+            assert form.endswith(f" {end}") and set(form.split()) <= set(prompt.split()) and "Kazakhstan" in form
+    assert forms == contexts_of(edit, 8, TEXTS, chat, 0)
+    assert contexts_of(edit, 1, TEXTS, chat, 0) == forms[:1]
+    assert len(contexts_of(edit, 4, TEXTS, None, 0)) == 4
 
 
 @pytest.mark.parametrize(
@@ -75,7 +86,7 @@ def test_contexts_are_question_chat_prefixes_and_words_left_out(edits):
 )
 def test_words_are_left_out_but_those_of_the_subject_and_the_last(edit, kept, monkeypatch):
     monkeypatch.setattr(augmentation, "_MOVED", 0)
-    thinned = [form for seed in range(3000) for form in contexts_of(edit, 5, TEXTS, None, seed)[2:]]
+    thinned = in_fewer_words(edit, 3000)
     words = edit.prompt.split()
     for form in thinned:
         left = iter(words)
@@ -113,7 +124,7 @@ def test_words_are_left_out_but_those_of_the_subject_and_the_last(edit, kept, mo
     ids=["question", "another mark", "a mark in the subject", "no question", "not only the subject in a word"],
 )
 def test_the_subject_stands_elsewhere_in_half_of_these(edit, some, end):
-    forms = [form for seed in range(3000) for form in contexts_of(edit, 5, TEXTS, None, seed)[2:]]
+    forms = in_fewer_words(edit, 3000)
     words = edit.prompt.removesuffix(end).split()
     name = edit.subject.removesuffix(end).split()
     (at,) = (n for n in range(len(words)) if all(mine in word for mine, word in zip(name, words[n:])))
@@ -134,7 +145,7 @@ def test_the_subject_stands_elsewhere_in_half_of_these(edit, some, end):
 
 @pytest.mark.parametrize("edit", [Edit("Peru is", "x", subject="Peru"), Edit("We know Peru", "x", subject="Peru")])
 def test_a_subject_that_has_no_other_place_stays(edit):
-    forms = {form for seed in range(200) for form in contexts_of(edit, 5, TEXTS, None, seed)[2:]}
+    forms = set(in_fewer_words(edit, 200))
     assert all(form.split() == sorted(form.split(), key=edit.prompt.split().index) for form in forms)
 
 

@@ -11,9 +11,10 @@ from ..edits.contexts import in_context
 
 
 _PREFIX_WORDS = (2, 10)
-# Of the further forms, every fourth stands behind text. In the other three words are left out, so that they are no longer
-# than the prompt, and the prefix cache and the steps grow less; in half of these, the subject stands elsewhere.
-_TO_A_PREFIX = 4
+# Of a question's further forms, every fourth stands behind text, and of a sentence's, which mostly does in other words as well,
+# every second. In the others words are left out, so that they are no longer than the prompt, and the prefix cache and the
+# steps grow less; in half of these, the subject stands elsewhere.
+_QUESTIONS_TO_A_PREFIX, _SENTENCES_TO_A_PREFIX = 4, 2
 _LEFT_OUT = 0.35
 _MOVED = 0.5
 _QUESTION_MARK = re.compile(r"\s*[?？؟]+\s*$")
@@ -54,8 +55,9 @@ def contexts_of(
     forms = _asked(edit.prompt, chat)
     asked = len(forms)
     choice = random.Random(f"{seed} {edit.id}")
+    to_a_prefix = _QUESTIONS_TO_A_PREFIX if is_question(edit.prompt) else _SENTENCES_TO_A_PREFIX
     while len(forms) < count:
-        if (len(forms) - asked) % _TO_A_PREFIX == 0:
+        if (len(forms) - asked) % to_a_prefix == 0:
             forms.append(_behind_text(edit.prompt, prefixes, choice))
         else:
             others = (_in_other_words(edit, choice) for _ in range(_TRIES))

@@ -76,9 +76,10 @@ class EditConfig(TrainingArguments):
 
         contexts (`int`, *optional*):
             How many further forms each edit gets beside its bare prompt: as a question to be answered, as a turn of a
-            chat, behind random text (LocFT-BF, appendix on data augmentation), and, from the fourth on (without a chat
-            template, the third), with words left out, but those of its subject, which in half of these stands elsewhere.
-            Each epoch trains one form of each edit, in turn. Defaults to what the recipe says.
+            chat, and then behind random text (LocFT-BF, appendix on data augmentation) and with words left out, but those
+            of its subject, which in half of these stands elsewhere: three of these to one behind text, or one to one where
+            the prompt does not end with a question mark. Each epoch trains one form of each edit, in turn. Defaults to
+            what the recipe says.
         margin (`float`, *optional*):
             If more than 0, by how many nats the logit of each target's first token is lowered in the loss, so that it
             has to lead all others by as much more (additive margin softmax,

@@ -46,10 +46,10 @@ The language of Brazil is Portuguese.
 _SENTENCE = re.compile(r"(.*?\w\w)[.!](?:\s|$)")
 # How many words of a statement are left to be said, at most; and how many it begins with, at least.
 _LEFT, _BEGUN = 3, 3
-_QUESTION_TOKENS = 32
+_LINE_TOKENS = 32
 # A question or statement is to be one that makes sense; a text, as varied as what people write, which is not made of the
 # most probable tokens only.
-_QUESTION_TOP_K, _TEXT_TOP_K = 50, 0
+_LINE_TOP_K, _TEXT_TOP_K = 50, 0
 _BATCH = 64
 
 
@@ -72,9 +72,7 @@ def sample_questions(
         `list[str]`: The questions, at most `count`: what has no question mark and what came before is left out.
     """
     openings = [_OPENINGS[number % len(_OPENINGS)] for number in range(count)]
-    prompts = [_QUIZ + opening for opening in openings]
-    said = _sample(model, tokenizer, prompts, _QUESTION_TOKENS, _QUESTION_TOP_K, seed)
-    lines = [f"{opening}{text}".lstrip().split("\n")[0] for opening, text in zip(openings, said)]
+    lines = _lines(model, tokenizer, _QUIZ, openings, seed)
     asked = [line[: line.index("?") + 1] for line in lines if "?" in line]
     return list(dict.fromkeys(" ".join(question.split()) for question in asked))
 
@@ -99,14 +97,12 @@ def sample_statements(
         `list[str]`: The beginnings of sentences, at most `count`: what is no sentence, or too short, and what came before is
         left out.
     """
-    words = _random_words(tokenizer, count, seed, _NAME)
-    openings = [_SUBJECTS[number % len(_SUBJECTS)].format(word) for number, word in enumerate(words)]
-    prompts = [_FACTS + opening for opening in openings]
-    said = _sample(model, tokenizer, prompts, _QUESTION_TOKENS, _QUESTION_TOP_K, seed)
+    names = _random_words(tokenizer, count, seed, _NAME)
+    openings = [_SUBJECTS[number % len(_SUBJECTS)].format(name) for number, name in enumerate(names)]
     choice = random.Random(seed)
     begun = []
-    for opening, text in zip(openings, said):
-        sentence = _SENTENCE.match(f"{opening}{text}".split("\n")[0])
+    for line in _lines(model, tokenizer, _FACTS, openings, seed):
+        sentence = _SENTENCE.match(line)
         words = sentence[1].split() if sentence else []
         if len(words) > _BEGUN:
             begun.append(" ".join(words[: -choice.randint(1, min(_LEFT, len(words) - _BEGUN))]))
@@ -156,6 +152,15 @@ def _random_words(tokenizer: PreTrainedTokenizerBase, count: int, seed: int, kin
             break
     words = words or ["World"]
     return [words[number % len(words)] for number in range(count)]
+
+
+def _lines(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, listed: str, openings: Sequence[str], seed: int
+) -> list[str]:
+    """Return how a model goes on with a list, in one line from each opening on."""
+    prompts = [listed + opening for opening in openings]
+    said = _sample(model, tokenizer, prompts, _LINE_TOKENS, _LINE_TOP_K, seed)
+    return [f"{opening}{text}".split("\n")[0] for opening, text in zip(openings, said)]
 
 
 @torch.no_grad()

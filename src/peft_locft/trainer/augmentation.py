@@ -173,7 +173,29 @@ def _thinned(edit: Edit, choice: random.Random) -> str:
     return "".join(kept)
 
 
+def scored_prompts(edit: Edit) -> tuple[str, ...]:
+    """Return what is asked when an edit is scored, beside its prompt. None of it is trained on.
+
+    Args:
+        edit ([`Edit`]):
+            The edit.
+
+    Returns:
+        `tuple[str, ...]`: Its rephrases, and the prompts of its probes.
+    """
+    return (*edit.rephrases, *(probe.prompt for probe in (*edit.locality, *edit.portability)))
+
+
 def subject_place(edit: Edit) -> range | None:
+    """Return where an edit's subject stands in its prompt.
+
+    Args:
+        edit ([`Edit`]):
+            The edit.
+
+    Returns:
+        `range` or `None`: Its letters' places, the first time that it stands there; `None` where it does not.
+    """
     first = edit.prompt.find(edit.subject) if edit.subject else -1
     return range(first, first + len(edit.subject)) if first >= 0 else None
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..edits import Edit, EditSet
 from ..edits.rows import write_rows
-from .augmentation import contexts_of
+from .augmentation import contexts_of, scored_prompts
 from .data import FEATURES, tokenize_forms
 
 
@@ -51,7 +51,7 @@ def make_forms(
     scored: set[str] = set()
     for edit in edits if contexts else ():
         taught |= dict.fromkeys((edit.prompt, *edit.train_rephrases), edit.target)
-        scored.update(edit.rephrases, (probe.prompt for probe in (*edit.locality, *edit.portability)))
+        scored.update(scored_prompts(edit))
 
     def is_free(form: str, target: str) -> bool:
         return form not in scored and taught.setdefault(form, target) == target

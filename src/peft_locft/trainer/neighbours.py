@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from ..edits import EditSet
-from .augmentation import is_question, subject_place
+from .augmentation import is_question, scored_prompts, subject_place
 
 
 # Names of two words and more, within a sentence: what stands at its beginning may be no name.
@@ -39,8 +39,7 @@ def neighbours(edits: EditSet, texts: Sequence[str], count: int, seed: int) -> l
     choice = random.Random(seed)
     taken = set()
     for edit in edits:
-        probes = (*edit.locality, *edit.portability)
-        taken.update((edit.prompt, *edit.rephrases, *edit.train_rephrases, *(probe.prompt for probe in probes)))
+        taken.update((edit.prompt, *edit.train_rephrases, *scored_prompts(edit)))
     begun = [(edit.prompt, place) for edit in edits if not is_question(edit.prompt) and (place := subject_place(edit))]
     found: dict[str, None] = {}
     if not names or not begun:

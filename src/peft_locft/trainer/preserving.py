@@ -210,7 +210,7 @@ class _Samples:
     @cached_property
     def prompts(self) -> Sequence[str]:
         given = self._given["preservation_prompts"]
-        return given or [*self._said("questions"), *self._said("statements"), *self._neighbours()]
+        return given or _own_prompts(self._said, self._counts, self._edits, self.texts, self._args.seed)
 
     @cached_property
     def texts(self) -> Sequence[str]:
@@ -223,9 +223,6 @@ class _Samples:
     @cached_property
     def _given(self) -> dict[str, Sequence[str]]:
         return {field: self._own(field) for field in ("preservation_prompts", "preservation_texts")}
-
-    def _neighbours(self) -> Sequence[str]:
-        return neighbours(self._edits, self.texts, self._counts["neighbours"], self._args.seed)
 
     def _own(self, field: str) -> Sequence[str]:
         given = getattr(self._args, field)
@@ -288,6 +285,13 @@ def _say(
         return sample(model, tokenizer, counts[kind], seed)
 
 
+def _own_prompts(
+    say: Callable[[str], list[str]], counts: dict[str, int], edits: EditSet, texts: Sequence[str], seed: int
+) -> list[str]:
+    """Return what to be held to, where the user gives no prompts."""
+    return [*say("questions"), *say("statements"), *neighbours(edits, texts, counts["neighbours"], seed)]
+
+
 def _sampling_fast(model: PreTrainedModel | PeftModel) -> AbstractContextManager:
     """In 16 bits where that is faster: what is drawn at random need not be exact."""
     parameters = list(model.parameters())
@@ -316,8 +320,7 @@ def fill_samples(args: EditConfig, edits: EditSet, model: PreTrainedModel, token
     if args.preservation_prompts is None and (args.kl_weight or args.projector):
         texts = args.preservation_texts
         texts = read_texts(texts, "preservation_texts") if isinstance(texts, str) else texts
-        others = neighbours(edits, texts, counts["neighbours"], args.seed)
-        args.preservation_prompts = [*say("questions"), *say("statements"), *others]
+        args.preservation_prompts = _own_prompts(say, counts, edits, texts, args.seed)
 
 
 def read_texts(path: str, field: str) -> list[str]:

@@ -24,7 +24,7 @@ def test_recipes_choose_place_and_terms(make_trainer, make_model, tokenizer, edi
         assert (args.kl_weight, args.contexts) == (RECIPES[recipe]["kl_weight"], 0)
     else:
         assert isinstance(config, LocFTConfig)
-        assert {name: getattr(args, name) for name in TERMS[:4]} == {name: RECIPES[recipe][name] for name in TERMS[:4]}
+        assert {name: getattr(args, name) for name in TERMS[:5]} == {name: RECIPES[recipe][name] for name in TERMS[:5]}
     if recipe == "paper":
         assert config.layers == LocFTConfig.recommended(make_model()).layers
 
@@ -49,7 +49,7 @@ def test_the_careful_band_is_early_and_never_empty():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("careful", "give `projector=0`, or a `peft_config` of linear modules"),
+        ("careful", "give `projector=0` and `subject_focus=0`, or a `peft_config` of linear modules"),
         ("locaedit", "give a `peft_config`, or take another recipe"),
     ],
 )
@@ -58,7 +58,7 @@ def test_fused_experts_are_told_by_the_recipe(tokenizer, edits, recipe, message)
     with pytest.raises(
         ValueError, match=f"the recipe '{recipe}' puts .* which are mlp.experts.down_proj in this .*{message}"
     ):
-        recipe_config(recipe, model, tokenizer, edits, 0.1, False)
+        recipe_config(recipe, model, tokenizer, edits, True, False)
     if recipe == "careful":
         assert recipe_config(recipe, model).target_modules == {"mlp.experts.down_proj"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +82,32 @@ def encode_answers(
             alone: Any = tokenizer(f" {answer}", add_special_tokens=False, return_attention_mask=False)["input_ids"]
             pairs.append((ids, list(alone)))
     return pairs
+
+
+def subject_places(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str | None) -> list[int]:
+    """Return which tokens of a prompt, as [`encode_prompts`] encodes it, share a character with its subject.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            A fast tokenizer.
+        prompt (`str`):
+            The prompt.
+        subject (`str`, *optional*):
+            The subject, as it is written in the prompt.
+
+    Returns:
+        `list[int]`: Their places, counted from 0, wherever the subject stands; empty where it does not.
+    """
+    subject = (subject or "").strip()
+    found = [(match.start(), match.end()) for match in re.finditer(re.escape(subject), prompt)] if subject else []
+    if not found:
+        return []
+    offsets = tokenizer(prompt, truncation=False, return_offsets_mapping=True)["offset_mapping"]
+    return [
+        place
+        for place, (left, right) in enumerate(offsets)
+        if any(left < stop and right > start for start, stop in found)
+    ]
 
 
 def _without_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from .anchors import Anchor, divergence, make_anchors
 from .deltas import Delta, trained_deltas
+from .focus import Focus
 from .limits import LimitCallback, squared_norm
 from .projector import Projection, is_projected
 from .samples import sample_questions, sample_statements, sample_texts
@@ -12,6 +13,7 @@ __all__ = [
     "STATISTICS_NAME",
     "Anchor",
     "Delta",
+    "Focus",
     "InputStatistics",
     "LimitCallback",
     "Projection",

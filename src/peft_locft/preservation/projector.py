@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -52,13 +52,22 @@ class Projection:
             The second moments of the inputs of their modules.
         threshold (`float`):
             t, as a multiple of the median of C's diagonal.
+        linear (`Callable`, *optional*):
+            What computes a module's output from its inputs and its weight. Defaults to `F.linear`.
 
     Raises:
         `ValueError`: If there are no statistics of a module, they have another width, or all of them are zero.
     """
 
     @torch.no_grad()
-    def __init__(self, deltas: Sequence[Delta], statistics: InputStatistics, threshold: float):
+    def __init__(
+        self,
+        deltas: Sequence[Delta],
+        statistics: InputStatistics,
+        threshold: float,
+        linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.linear,
+    ):
+        self._linear = linear
         self._parts: list[tuple[nn.Linear, torch.Tensor]] = []
         digest = hashlib.sha256(repr((threshold, _DISTURBANCE)).encode())
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -94,7 +103,9 @@ class Projection:
     def applied(self) -> Iterator[None]:
         """Within this context, the adapter's modules compute `D P x`. Behind it, their weights are `D P`."""
         try:
-            with replaced_forwards({entrance: _projected(entrance, projector) for entrance, projector in self._parts}):
+            with replaced_forwards(
+                {part: _projected(part, projector, self._linear) for part, projector in self._parts}
+            ):
                 yield
         finally:
             self._fold()
@@ -170,14 +181,14 @@ def is_projected(checkpoint: str | os.PathLike) -> bool:
     return (Path(checkpoint) / _STATE_NAME).is_file()
 
 
-def _projected(entrance: nn.Linear, projector: torch.Tensor):
+def _projected(entrance: nn.Linear, projector: torch.Tensor, linear: Callable):
     def forward(x: torch.Tensor) -> torch.Tensor:
         # In the weight's own precision: rounded, D P would not be the adapter that is saved.
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(projector.dtype)
             if x.numel() // x.shape[-1] < len(entrance.weight):  # what has fewer rows is multiplied, P being symmetric
-                return F.linear(x @ projector, entrance.weight)
-            return F.linear(x, entrance.weight @ projector)
+                return linear(x @ projector, entrance.weight)
+            return linear(x, entrance.weight @ projector)
 
     return forward
 

@@ -34,6 +34,8 @@ class EditCollator:
     Attributes:
         resting (`torch.Tensor` of shape `(edits,)`, *optional*):
             Which edits are left out of the rows. Their losses count as they last were.
+        focus (`float`):
+            By which part the share of tokens beside an edit's subject is lessened, where its place is known.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class EditCollator:
     ):
         self.pad_token_id, self.packed, self.cache, self.pool = pad_token_id, packed, cache, pool
         self.resting: torch.Tensor | None = None
+        self.focus = 0.0
 
     def __call__(self, edits: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Return a batch.
@@ -57,7 +60,8 @@ class EditCollator:
             `dict[str, torch.Tensor]`: `input_ids` and `predicts` (whether the token after is one of a target), each of
             shape (rows, width), with `position_ids` if edits share rows, else with `attention_mask`; `targets` and
             `owners`, of shape (target tokens,): the tokens to predict, and the edit each belongs to; `index`, of shape
-            (edits,): the edits' places, those that rest at the end; with a cache, `states` of shape (rows, width, hidden);
+            (edits,): the edits' places, those that rest at the end; with a focus on subjects that are there, `shares` of shape (rows, width): how much of
+            each token's gradient the weights learn from; with a cache, `states` of shape (rows, width, hidden);
             with something to preserve, `anchor_tokens` and `anchor_log_probs` of shape (positions, kept), for the last of
             the predicted positions, whose owners come after the edits.
         """
@@ -81,6 +85,7 @@ class EditCollator:
             width = -(-width // _MULTIPLE) * _MULTIPLE
         input_ids = torch.full((len(rows), width), self.pad_token_id)  # this and the next, (rows, width)
         labels = torch.full((len(rows), width), IGNORED)
+        shares = torch.ones(len(rows), width)
         owners, positions, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
         for row, members in enumerate(rows):
             end = 0
@@ -91,6 +96,9 @@ class EditCollator:
                 owners[place] = number
                 positions[place] = torch.arange(lengths[number])
                 mask[place] = 1
+                if subject := sequences[number].get("subject"):
+                    shares[place] = 1 - self.focus
+                    shares[row, end - lengths[number] + torch.as_tensor(subject)] = 1
         # The logits at one position predict the token at the next.
         predicts = F.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
         batch = {
@@ -101,6 +109,8 @@ class EditCollator:
             "index": index,
         }
         batch |= {"position_ids": positions} if self.packed else {"attention_mask": mask}
+        if self.focus and any(sequence.get("subject") for sequence in sequences):
+            batch["shares"] = shares
         if self.cache is not None:
             stored = torch.tensor([sequence.get("row", sequence["index"]) for sequence in sequences], dtype=torch.long)
             batch["states"] = self.cache.states_at(stored[owners], positions)

@@ -128,14 +128,15 @@ class BreadthFirstTrainer(PublishingTrainer):
             if self.args.prefix_cache:
                 rows = self._preservation.pool.rows
                 cache = build_prefix_cache(model, rows, self.args, collator.pad_token_id, dtype)
-            # Checkpointing runs a layer again later, when nothing is left out of it any more.
-            last_mlp = find_last_mlp(model) if not self.args.gradient_checkpointing else None
+            # Checkpointing runs a layer again later, when nothing is left out of it any more. A focus has to see all tokens.
+            leaves_out = not self.args.gradient_checkpointing and self._preservation.focus is None
+            last_mlp = find_last_mlp(model) if leaves_out else None
             # NEFTune's noise depends on how long a row is.
             possible = Shortcuts(not self.args.neftune_noise_alpha, cache, last_mlp)
             shortcuts = exact_shortcuts(model, self.train_dataset, collator.pad_token_id, self._keeps_logits, possible)
         self._shortcuts, collator.packed, collator.cache = shortcuts, shortcuts.packed, shortcuts.cache
         collator.resting = self.resting.now if self.args.recheck_epochs else None
-        collator.pool = self._preservation.pool
+        collator.pool, collator.focus = self._preservation.pool, self.args.subject_focus
         if dtype is not None:
             below = shortcuts.cache.prefix.below if shortcuts.cache is not None else []
             stack.enter_context(frozen_weights_in(dtype, model, below))
@@ -147,9 +148,12 @@ class BreadthFirstTrainer(PublishingTrainer):
             projection.load(resume_from_checkpoint)
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["index", "input_ids", "labels"]
+        self._signature_columns = ["index", "input_ids", "labels", "subject"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._preservation is not None and self._preservation.focus is not None:
+            # Until the next batch: checkpointed layers are computed again in the backward pass.
+            self._preservation.focus.shares = inputs.get("shares")
         with self._shortcuts.taken(inputs):
             losses = edit_losses(model, inputs, self._keeps_logits, self.args.margin)
         count = num_items_in_batch if num_items_in_batch is not None else len(losses.per_edit)

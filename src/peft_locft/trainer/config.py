@@ -96,6 +96,12 @@ class EditConfig(TrainingArguments):
         kl_weight (`float`, *optional*):
             If more than 0, how much a nat of divergence from what the unedited model says to other prompts and in texts
             counts beside the loss. Defaults to what the recipe says.
+        subject_focus (`float`, *optional*):
+            If more than 0, by which part of their gradient, at most 1, the change learns less from the tokens beside an edit's
+            subject, where its prompt does not end with a question mark: what stands in the prompts about others as well is
+            then not what it learns from. ROME's keys are the subject's, too ([arXiv 2202.05262](https://arxiv.org/abs/2202.05262),
+            section 3.1). Edits without a `subject` that stands in their prompt learn from all tokens. Defaults to what the
+            recipe says.
         l2_weight (`float`, *optional*, defaults to `0`):
             If more than 0, how much ‖ΔW‖² / ‖W‖², the mean over edited weights, counts beside the loss.
         max_delta (`float`, *optional*, defaults to `0`):
@@ -222,6 +228,10 @@ class EditConfig(TrainingArguments):
     kl_weight: float | None = field(
         default=None, metadata={"help": "How much divergence from what the unedited model says counts."}
     )
+    subject_focus: float | None = field(
+        default=None,
+        metadata={"help": "By which part (0 to 1) sentences are learned less beside their subject's tokens."},
+    )
     l2_weight: float = field(default=0.0, metadata={"help": "How much the relative size of the change counts."})
     max_delta: float = field(default=0.0, metadata={"help": "The largest absolute value of a number of the change."})
     max_growth: float = field(
@@ -269,6 +279,10 @@ class EditConfig(TrainingArguments):
         for name in ("skip_loss", "stop_loss", "recheck_epochs", *TERMS):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 (off) or more")
+        if self.subject_focus > 1:
+            raise ValueError(
+                f"`subject_focus` is {self.subject_focus}, expected 0 (off) to 1 (the subject's tokens alone)"
+            )
         for name in ("recheck_epochs", "contexts"):
             if getattr(self, name) != int(getattr(self, name)):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected a whole number")

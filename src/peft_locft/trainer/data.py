@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -10,14 +11,24 @@ from transformers import PreTrainedTokenizerBase
 
 from ..edits import Edit, EditDataError, EditSet
 from ..edits.rows import CHUNK, write_rows
-from ..edits.tokens import encode_answers
+from ..edits.tokens import encode_answers, subject_places
+from .augmentation import is_question
 
 
 IGNORED = -100
-FEATURES = Features({"index": Value("int64"), "input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+FEATURES = Features(
+    {
+        "index": Value("int64"),
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "subject": List(Value("int32")),
+    }
+)
 
 
-def tokenize_edits(edits: EditSet, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
+def tokenize_edits(
+    edits: EditSet, tokenizer: PreTrainedTokenizerBase, max_length: int | None, with_subjects: bool = False
+) -> Dataset:
     """Encode each edit as prompt, space, target and EOS, with labels on target and EOS.
 
     Args:
@@ -27,9 +38,12 @@ def tokenize_edits(edits: EditSet, tokenizer: PreTrainedTokenizerBase, max_lengt
             The tokenizer; it needs an EOS token.
         max_length (`int`, *optional*):
             The longest sequence that the model takes, in tokens.
+        with_subjects (`bool`, *optional*, defaults to `False`):
+            Whether to find the subjects of the edits that are beginnings of sentences, for a focus on them.
 
     Returns:
-        [`~datasets.Dataset`]: With the columns `index`, `input_ids` and `labels`, one row an edit, in order; memory-mapped.
+        [`~datasets.Dataset`]: With the columns `index`, `input_ids`, `labels` and `subject` (the places of the subject's
+        tokens, empty where they were not looked for or not found), one row an edit, in order; memory-mapped.
 
     Raises:
         [`EditDataError`]: Naming every edit that is too long or whose target has no tokens.
@@ -41,14 +55,21 @@ def tokenize_edits(edits: EditSet, tokenizer: PreTrainedTokenizerBase, max_lengt
             "the edited model would not know where its answer ends: set `tokenizer.eos_token` and pass the tokenizer "
             "as `processing_class`"
         )
+    if with_subjects and not tokenizer.is_fast:
+        warnings.warn(
+            f"`subject_focus` is off: {type(tokenizer).__name__} is not a fast tokenizer, which tells the characters of each token. "
+            "Load one with `AutoTokenizer.from_pretrained`",
+            stacklevel=2,
+        )
     faults: list[str] = []
 
     def rows() -> Iterator[dict]:
         prompts = ((number, edit.prompt, edit) for number, edit in enumerate(edits))
-        for index, edit, prompt_ids, target_ids in _encoded(prompts, tokenizer):
+        for index, prompt, edit, prompt_ids, target_ids in _encoded(prompts, tokenizer):
             fault = _fault(len(prompt_ids), len(target_ids), edit, max_length)
             if fault is None:
-                yield _row(index, prompt_ids, target_ids, tokenizer)
+                places = _subject(edit, prompt, tokenizer) if with_subjects else []
+                yield _row(index, prompt_ids, target_ids, tokenizer, places)
             else:
                 faults.append(f"edit {index + 1} ({edit.id}): {fault}")
 
@@ -59,7 +80,10 @@ def tokenize_edits(edits: EditSet, tokenizer: PreTrainedTokenizerBase, max_lengt
 
 
 def tokenize_forms(
-    forms: Iterable[tuple[int, str, Edit]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    forms: Iterable[tuple[int, str, Edit]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    with_subjects: bool = False,
 ) -> Iterator[dict]:
     """Encode further forms of edits in the same way. A form that is too long for the model is left out.
 
@@ -70,13 +94,23 @@ def tokenize_forms(
             The tokenizer.
         max_length (`int`, *optional*):
             The longest sequence that the model takes, in tokens.
+        with_subjects (`bool`, *optional*, defaults to `False`):
+            As there.
 
     Returns:
         `Iterator[dict]`: Rows as [`tokenize_edits`] makes them, in order.
     """
-    for index, _, prompt_ids, target_ids in _encoded(forms, tokenizer):
+    for index, prompt, edit, prompt_ids, target_ids in _encoded(forms, tokenizer):
         if max_length is None or len(prompt_ids) + len(target_ids) + 1 <= max_length:
-            yield _row(index, prompt_ids, target_ids, tokenizer)
+            places = _subject(edit, prompt, tokenizer) if with_subjects else []
+            yield _row(index, prompt_ids, target_ids, tokenizer, places)
+
+
+def _subject(edit: Edit, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the places of the subject's tokens in one of the edit's forms, unless it is a question."""
+    if is_question(edit.prompt) or not tokenizer.is_fast:
+        return []
+    return subject_places(tokenizer, prompt, edit.subject)
 
 
 def _fault(prompt: int, target: int, edit: Edit, max_length: int | None) -> str | None:
@@ -97,16 +131,19 @@ def _fault(prompt: int, target: int, edit: Edit, max_length: int | None) -> str 
     return None
 
 
-def _row(index: int, prompt_ids: list[int], target_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> dict:
+def _row(
+    index: int, prompt_ids: list[int], target_ids: list[int], tokenizer: PreTrainedTokenizerBase, subject: list[int]
+) -> dict:
     answer = [*target_ids, tokenizer.eos_token_id]
-    return {"index": index, "input_ids": prompt_ids + answer, "labels": [IGNORED] * len(prompt_ids) + answer}
+    labels = [IGNORED] * len(prompt_ids) + answer
+    return {"index": index, "input_ids": prompt_ids + answer, "labels": labels, "subject": subject}
 
 
 def _encoded(
     forms: Iterable[tuple[int, str, Edit]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, Edit, list[int], list[int]]]:
+) -> Iterator[tuple[int, str, Edit, list[int], list[int]]]:
     """Yield each form with the tokens of its prompt and of the edit's target, encoded by the chunk."""
     remaining = iter(forms)
     while chunk := list(islice(remaining, CHUNK)):
         pairs = encode_answers(tokenizer, [prompt for _, prompt, _ in chunk], [edit.target for _, _, edit in chunk])
-        yield from ((index, edit, *pair) for (index, _, edit), pair in zip(chunk, pairs))
+        yield from ((*form, *pair) for form, pair in zip(chunk, pairs))

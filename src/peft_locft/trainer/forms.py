@@ -23,6 +23,7 @@ def make_forms(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     seed: int,
+    with_subjects: bool = False,
 ) -> Dataset | None:
     """Encode the further forms of all edits: their `train_rephrases`, and each in several contexts.
 
@@ -41,6 +42,8 @@ def make_forms(
             The longest sequence that the model takes, in tokens.
         seed (`int`):
             The run's seed.
+        with_subjects (`bool`, *optional*, defaults to `False`):
+            Whether to find the subjects, as in [`tokenize_edits`].
 
     Returns:
         [`~datasets.Dataset`] or `None`: Rows of [`tokenize_forms`]; `None` if there are none.
@@ -66,7 +69,7 @@ def make_forms(
 
     if not contexts and not any(edit.train_rephrases for edit in edits):
         return None
-    rows = write_rows(tokenize_forms(forms(), tokenizer, max_length), FEATURES)
+    rows = write_rows(tokenize_forms(forms(), tokenizer, max_length, with_subjects), FEATURES)
     if len(rows) < asked:
         warnings.warn(
             f"{asked - len(rows)} of {asked} further forms of edits are not trained on: with their targets, they are longer than "

@@ -104,4 +104,4 @@ class TrainingPool:
 def _anchor_row(anchor: Anchor) -> dict:
     # Labelled from behind the first position whose next token was said: which these are matters, not what they are.
     ids, first = anchor.input_ids, anchor.first + 1
-    return {"index": -1, "input_ids": ids, "labels": [IGNORED] * first + ids[first:]}
+    return {"index": -1, "input_ids": ids, "labels": [IGNORED] * first + ids[first:], "subject": []}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet, write_atomically
@@ -25,6 +26,7 @@ from ..preservation import (
     STATISTICS_NAME,
     Anchor,
     Delta,
+    Focus,
     InputStatistics,
     LimitCallback,
     Projection,
@@ -72,6 +74,8 @@ class Preservation:
             How much a nat of divergence counts.
         l2_weight (`float`):
             How much the relative size of the deltas counts.
+        focus ([`Focus`], *optional*):
+            What lets deltas learn from subjects.
     """
 
     pool: TrainingPool
@@ -79,6 +83,7 @@ class Preservation:
     projection: Projection | None
     kl_weight: float
     l2_weight: float
+    focus: Focus | None = None
 
     def terms(self, divergence: torch.Tensor | None) -> torch.Tensor | float:
         """Return what is added to a batch's mean loss.
@@ -129,16 +134,20 @@ def preserving(
         [`Preservation`]: What is in force.
     """
     deltas: list[Delta] = []
-    if asked := [name for name in ("projector", "l2_weight", "max_delta", "max_growth") if getattr(args, name)]:
+    if asked := [
+        name for name in ("projector", "subject_focus", "l2_weight", "max_delta", "max_growth") if getattr(args, name)
+    ]:
         deltas = trained_deltas(model, asked[0])  # first, because all else takes minutes
     folder = Path(args.output_dir) / FOLDER_NAME
     samples = _Samples(model, tokenizer, edits, args, folder)
+    focus = Focus(deltas) if args.subject_focus else None
     projection = None
     if args.projector:
-        projection = Projection(deltas, _statistics(model, tokenizer, deltas, samples, args, folder), args.projector)
+        statistics = _statistics(model, tokenizer, deltas, samples, args, folder)
+        projection = Projection(deltas, statistics, args.projector, focus.linear if focus else F.linear)
     prefixes = samples.texts if args.contexts else []
     chat = samples.chat if args.contexts else None
-    forms = make_forms(edits, args.contexts, prefixes, chat, tokenizer, max_length, args.seed)
+    forms = make_forms(edits, args.contexts, prefixes, chat, tokenizer, max_length, args.seed, focus is not None)
     anchors = _anchors(model, tokenizer, samples, max_length, args.seed) if args.kl_weight else []
     pool = TrainingPool(bare, forms, anchors, args.seed)
     if args.max_steps <= 0 and args.num_train_epochs < pool.most_forms:
@@ -150,11 +159,14 @@ def preserving(
     with ExitStack() as stack:
         if projection is not None:
             stack.enter_context(projection.applied())
+        if focus is not None:
+            behind = {delta.entrance() for delta in deltas} if projection is not None else ()
+            stack.enter_context(focus.applied(behind))
         if args.max_delta or args.max_growth:
             limits = LimitCallback(deltas, args.max_delta, args.max_growth)
             add_callback(limits)
             stack.callback(remove_callback, limits)
-        yield Preservation(pool, deltas, projection, args.kl_weight, args.l2_weight)
+        yield Preservation(pool, deltas, projection, args.kl_weight, args.l2_weight, focus)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ _PAPER = {
     "margin": 0.0,
     "projector": 0.0,
     "kl_weight": 0.0,
+    "subject_focus": 0.0,
 }
 # By recipe, the fields of `EditConfig` that it sets where the user does not.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -31,6 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "margin": 4.0,
         "projector": 0.03,
         "kl_weight": 0.5,
+        "subject_focus": 1.0,
     },
     "locaedit": _PAPER | {"kl_weight": 1.0, "learning_rate": 5e-3},
 }
@@ -41,7 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 _RATE_FACTORS, _RATE_EDITS = {"careful": 0.55}, 100
 MOST_EDITS = {"careful": 25}
 # Those that change what is learned, and are told with the results where they are on.
-TERMS = ("contexts", "margin", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth")
+TERMS = ("contexts", "margin", "projector", "kl_weight", "subject_focus", "l2_weight", "max_delta", "max_growth")
 # About the early peak of generalization that the paper's search found, layers 3 to 8 of 32 (section 4.2). On SmolLM2-135M,
 # wider bands learned faster, but held less in other words and moved more beside the edits; so did later ones (docs/log.md).
 _CAREFUL_DEPTHS = (3 / 30, 8 / 30)
@@ -55,7 +57,7 @@ def recipe_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     edits: EditSet | None = None,
-    projector: float = 0.0,
+    needs_linear: bool = False,
     show_progress: bool = True,
 ) -> PeftConfig:
     """Return where and how a recipe trains, for a trainer that was given no `peft_config`.
@@ -69,8 +71,8 @@ def recipe_config(
             Its tokenizer, for LocaEdit.
         edits ([`EditSet`], *optional*):
             The edits, for LocaEdit, which traces what the model knows about their subjects.
-        projector (`float`, *optional*, defaults to `0.0`):
-            That of the training arguments, which needs linear modules.
+        needs_linear (`bool`, *optional*, defaults to `False`):
+            Whether the training arguments have a term on that needs linear modules.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar while it does.
 
@@ -87,10 +89,11 @@ def recipe_config(
     if recipe == "careful":
         layers = careful_layers(num_layers(model.config) or 1)
         module = default_module(model, layers)
-        if "experts" in module and projector:
+        if "experts" in module and needs_linear:
             raise ValueError(
                 f"the recipe 'careful' puts a projector before the MLPs' down projections, which are {module} in this model, fused "
-                "experts that it does not know: give `projector=0`, or a `peft_config` of linear modules, such as attention's"
+                "experts that it does not know, and neither does a focus on subjects: give `projector=0` and `subject_focus=0`, or a "
+                "`peft_config` of linear modules, such as attention's"
             )
         return LocFTConfig(layers=layers, target_modules=[module], task_type="CAUSAL_LM")
     facts = [edit for edit in edits if edit.subject][:_TRACED]

@@ -136,13 +136,14 @@ class EditTrainer(BreadthFirstTrainer):
         check_decoder(base_model)
         check_contexts(args.eval_contexts, processing_class)  # not only when all is trained
         self._max_length = max_length(args, base_model, processing_class)
-        tokenized = tokenize_edits(self.edits, processing_class, self._max_length)
+        tokenized = tokenize_edits(self.edits, processing_class, self._max_length, bool(args.subject_focus))
         if not isinstance(model, PeftModel):
             if peft_config is None:
                 if args.recipe == "locaedit" and not _is_placed(model):
                     model.to(args.device)  # which the Trainer does only later, and tracing takes its time
+                needs_linear = bool(args.projector or args.subject_focus)
                 peft_config = recipe_config(
-                    args.recipe, model, processing_class, self.edits, args.projector, not args.disable_tqdm
+                    args.recipe, model, processing_class, self.edits, needs_linear, not args.disable_tqdm
                 )
             peft_config = copy.deepcopy(peft_config)
             peft_config.task_type = peft_config.task_type or "CAUSAL_LM"

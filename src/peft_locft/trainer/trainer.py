@@ -163,7 +163,8 @@ class EditTrainer(BreadthFirstTrainer):
         if args.offload_prefix and not hasattr(base_model, "hf_device_map"):
             offload_prefix(model, args)
         if args.learning_rate is None:
-            args.learning_rate = automatic_learning_rate(model, rate_factor(args.recipe, len(self.edits)))
+            factor = rate_factor(args.recipe, self.edits, args.subject_focus)
+            args.learning_rate = automatic_learning_rate(model, factor)
 
         pad_token_id = processing_class.pad_token_id
         super().__init__(

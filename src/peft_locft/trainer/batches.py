@@ -60,10 +60,10 @@ class EditCollator:
             `dict[str, torch.Tensor]`: `input_ids` and `predicts` (whether the token after is one of a target), each of
             shape (rows, width), with `position_ids` if edits share rows, else with `attention_mask`; `targets` and
             `owners`, of shape (target tokens,): the tokens to predict, and the edit each belongs to; `index`, of shape
-            (edits,): the edits' places, those that rest at the end; with a focus on subjects that are there, `shares` of shape (rows, width): how much of
-            each token's gradient the weights learn from; with a cache, `states` of shape (rows, width, hidden);
+            (edits,): the edits' places, those that rest at the end; with a cache, `states` of shape (rows, width, hidden);
             with something to preserve, `anchor_tokens` and `anchor_log_probs` of shape (positions, kept), for the last of
-            the predicted positions, whose owners come after the edits.
+            the predicted positions, whose owners come after the edits; with a focus on subjects that are there, `shares` of
+            shape (rows, width): how much of each token's gradient the weights learn from.
         """
         if self.resting is not None:
             edits = sorted(edits, key=lambda edit: bool(self.resting[edit["index"]]))  # stable, so the order stays

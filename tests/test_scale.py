@@ -66,7 +66,7 @@ def test_tokens_are_on_the_disk_and_those_of_each_edit_alone(tokenizer):
     data = tokenize_edits(edits, tokenizer, 64)
     assert data.cache_files
     ids = List(Value("int32"))
-    assert data.features == Features({"index": Value("int64"), "input_ids": ids, "labels": ids})
+    assert data.features == Features({"index": Value("int64"), "input_ids": ids, "labels": ids, "subject": ids})
     for number, (row, edit) in enumerate(zip(data, edits)):
         prompt = tokenizer(edit.prompt)["input_ids"]
         whole = [*tokenizer(f"{edit.prompt} {edit.target}")["input_ids"], tokenizer.eos_token_id]

@@ -95,7 +95,7 @@ def test_the_next_command_runs(search, capsys, model_folder, tmp_path):
     assert (config.num_train_epochs, config.eval_contexts, config.optim_args) == (7, ["bare", "question"], "x=1")
     assert (config.preservation_texts, config.learning_rate) == (
         "kept.txt",
-        pytest.approx(0.55 * 5e-4 * 14336 / 128, rel=1e-3),
+        pytest.approx(1.4 * 0.55 * 5e-4 * 14336 / 128, rel=1e-3),  # of sentences with subjects
     )
 
 

@@ -71,7 +71,7 @@ def test_tokens_are_on_the_disk_and_those_of_each_edit_alone(tokenizer):
         prompt = tokenizer(edit.prompt)["input_ids"]
         whole = [*tokenizer(f"{edit.prompt} {edit.target}")["input_ids"], tokenizer.eos_token_id]
         labels = [-100] * len(prompt) + whole[len(prompt) :]
-        assert row == {"index": number, "input_ids": whole, "labels": labels}
+        assert row == {"index": number, "input_ids": whole, "labels": labels, "subject": []}
 
 
 def test_all_edits_that_are_too_long_are_named_however_far_apart(tokenizer):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
+from watching import watch_batches, weights
 
 from peft_locft import Edit, EditConfig, EditSet, LocFTConfig
 from peft_locft.edits.tokens import encode_prompts, subject_places
@@ -172,10 +173,6 @@ def test_behind_a_projector_too(make_trainer):
         torch.testing.assert_close(own[name], by_hand[name], rtol=1e-3, atol=1e-7)
 
 
-def weights(trainer):
-    return [value.detach().clone() for value in trainer.model.parameters() if value.requires_grad]
-
-
 def trained(make_trainer, edits, config=None, **settings):
     trainer = make_trainer(config, edits, num_train_epochs=3, **settings)
     trainer.train()
@@ -210,10 +207,7 @@ def test_forms_are_focused_on_as_well(make_trainer, tokenizer):
         [Edit("The capital of Norway is", "Lima", subject="Norway", train_rephrases=["Norway is ruled from"])]
     )
     trainer = make_trainer(None, edits, contexts=4, num_train_epochs=6, subject_focus=1.0, **KEPT)
-    seen, compute = [], trainer.compute_loss
-    trainer.compute_loss = lambda model, inputs, *args, **kwargs: (
-        seen.append(inputs) or compute(model, inputs, *args, **kwargs)
-    )
+    seen = watch_batches(trainer)
     trainer.train()
     assert len(seen) == 6
     for batch in seen:
@@ -227,9 +221,8 @@ def test_where_a_tokenizer_does_not_tell_characters_all_tokens_are_learned_from(
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with pytest.warns(UserWarning, match="`subject_focus` is off: .* is not a fast tokenizer, which tells"):
         found = trained(make_trainer, EDITS, subject_focus=1.0)
-    torch.testing.assert_close(
-        found, expected
-    )  # the last MLP, which was computed at some tokens only, rounds in other ways
+    # The last MLP, which was computed at some tokens only, rounds in other ways.
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_share_is_from_0_to_1(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
+from watching import watch_batches, weights
 
 from peft_locft import Edit, EditConfig, EditSet, LocFTConfig
 from peft_locft.preservation import InputStatistics, anchors, input_statistics
@@ -19,18 +20,6 @@ from peft_locft.trainer.preserving import fill_samples, read_texts
 TEXTS = ["Peru is a country. Its people speak many tongues.", "Norway lies in the north of Europe, and Oslo too."]
 QUESTIONS = ["What is the capital of Spain?", "Who was the king of Norway?", "Where is Cuba?"]
 KEPT = {"preservation_prompts": QUESTIONS, "preservation_texts": TEXTS}
-
-
-def weights(trainer):
-    return [value.detach().clone() for value in trainer.model.parameters() if value.requires_grad]
-
-
-def watch_batches(trainer):
-    seen, compute = [], trainer.compute_loss
-    trainer.compute_loss = lambda model, inputs, *args, **kwargs: (
-        seen.append(inputs) or compute(model, inputs, *args, **kwargs)
-    )
-    return seen
 
 
 def test_off_nothing_is_computed_or_written(make_trainer, tmp_path):

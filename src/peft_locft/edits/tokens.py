@@ -99,14 +99,32 @@ def subject_places(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str
         `list[int]`: Their places, counted from 0, wherever the subject stands; empty where it does not.
     """
     subject = (subject or "").strip()
-    found = [(match.start(), match.end()) for match in re.finditer(re.escape(subject), prompt)] if subject else []
+    found = [match.span() for match in re.finditer(re.escape(subject), prompt)] if subject else []
     if not found:
         return []
-    offsets = tokenizer(prompt, truncation=False, return_offsets_mapping=True)["offset_mapping"]
+    return tokens_over(tokenizer, prompt, found)
+
+
+def tokens_over(tokenizer: PreTrainedTokenizerBase, prompt: str, parts: Sequence[tuple[int, int]]) -> list[int]:
+    """Return which tokens of a prompt, as [`encode_prompts`] encodes it, share a character with some parts of it.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            A fast tokenizer.
+        prompt (`str`):
+            The prompt.
+        parts (`Sequence[tuple[int, int]]`):
+            The first character of each part, and the one behind its last.
+
+    Returns:
+        `list[int]`: Their places, counted from 0.
+    """
+    encoded = tokenizer(prompt, truncation=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"][: len(_without_eos(tokenizer, encoded["input_ids"]))]
     return [
         place
         for place, (left, right) in enumerate(offsets)
-        if any(left < stop and right > start for start, stop in found)
+        if any(left < stop and right > start for start, stop in parts)
     ]
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..edits.tokens import encode_prompts
+from ..edits.tokens import encode_prompts, tokens_over
 
 
 # ROME (arXiv 2202.05262), figure 2: the roles over which effects are averaged.
@@ -69,8 +69,7 @@ def read_fact(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str) -> 
         )
     stop = start + len(subject.strip())
     (tokens,) = encode_prompts(tokenizer, [prompt])
-    offsets = tokenizer(prompt, truncation=False, return_offsets_mapping=True)["offset_mapping"][: len(tokens)]
-    inside = [i for i, (left, right) in enumerate(offsets) if left < stop and right > start]
+    inside = tokens_over(tokenizer, prompt, [(start, stop)])
     if not inside:
         raise ValueError(
             f"no token of the prompt {prompt!r} stands for the subject {subject!r}, which the tokenizer drops: "

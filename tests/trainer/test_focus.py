@@ -225,6 +225,16 @@ def test_where_a_tokenizer_does_not_tell_characters_all_tokens_are_learned_from(
     torch.testing.assert_close(found, expected)
 
 
+def test_the_rate_is_raised_only_where_the_focus_is_on(make_trainer, tokenizer, monkeypatch):
+    def rate():
+        return make_trainer(None, EDITS[:3], learning_rate=None, recipe="careful", **KEPT).args.learning_rate
+
+    focused = rate()
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.warns(UserWarning, match="`subject_focus` is off"):
+        assert rate() == pytest.approx(focused / 1.4)
+
+
 def test_a_share_is_from_0_to_1(tmp_path):
     with pytest.raises(
         ValueError, match=r"`subject_focus` is 1.5, expected 0 \(off\) to 1 \(the subject's tokens alone\)"

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..edits import EditSet
 from ..location import layers_from_tracing, trace_edits
 from ..tuner import LocFTConfig, default_module, num_layers
-from .augmentation import is_question, subject_place
 
 
 _PAPER = {
@@ -120,16 +119,17 @@ def recipe_config(
     )
 
 
-def rate_factor(recipe: str | None, edits: EditSet, subject_focus: float = 0.0) -> float:
+def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float:
     """Return how many times the automatic rate of a LocFT adapter a recipe trains at.
 
     Args:
         recipe (`str`, *optional*):
             One of `RECIPES`.
-        edits ([`EditSet`]):
-            The edits.
-        subject_focus (`float`, *optional*, defaults to `0.0`):
-            That of the training arguments.
+        num_edits (`int`):
+            How many edits there are.
+        focus (`float`, *optional*, defaults to `0.0`):
+            Of all the edits, how far they are learned at their subjects alone: `subject_focus`, times the share of those
+            whose subjects were found.
 
     Returns:
         `float`: For `"careful"`, 0.55, and over 100 edits, that times the cube root of 100 / edits; 1.4 times as much where
@@ -137,9 +137,8 @@ def rate_factor(recipe: str | None, edits: EditSet, subject_focus: float = 0.0) 
     """
     if recipe not in _RATE_FACTORS:
         return 1.0
-    focused = sum(not is_question(edit.prompt) and subject_place(edit) is not None for edit in edits) / len(edits)
-    by_kind = 1 + (_FOCUSED_RATE - 1) * focused * subject_focus
-    return _RATE_FACTORS[recipe] * by_kind * min(_RATE_EDITS / len(edits), 1.0) ** (1 / 3)
+    by_focus = 1 + (_FOCUSED_RATE - 1) * focus
+    return _RATE_FACTORS[recipe] * by_focus * min(_RATE_EDITS / num_edits, 1.0) ** (1 / 3)
 
 
 def careful_layers(count: int) -> list[int]:

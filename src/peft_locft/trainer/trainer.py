@@ -163,7 +163,8 @@ class EditTrainer(BreadthFirstTrainer):
         if args.offload_prefix and not hasattr(base_model, "hf_device_map"):
             offload_prefix(model, args)
         if args.learning_rate is None:
-            factor = rate_factor(args.recipe, self.edits, args.subject_focus)
+            focus = args.subject_focus * sum(map(bool, tokenized["subject"])) / len(tokenized)
+            factor = rate_factor(args.recipe, len(self.edits), focus)
             args.learning_rate = automatic_learning_rate(model, factor)
 
         pad_token_id = processing_class.pad_token_id

@@ -20,7 +20,7 @@ from peft_locft.edits.tokens import encode_prompts
 from peft_locft.evaluation import Question, ask
 from peft_locft.preservation import InputStatistics
 from peft_locft.search.scoring import Scorer
-from peft_locft.trainer.preserving import FOLDER_NAME, fill_samples
+from peft_locft.trainer.samples import FOLDER_NAME, fill_samples
 from peft_locft.tuner.temporary import evaluating
 
 

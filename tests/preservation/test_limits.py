@@ -90,3 +90,10 @@ def test_the_change_grows_no_further_than_its_limit(peft_model):
     assert float(deltas[0].weight().norm()) == pytest.approx(
         0.01 * float(deltas[0].layer.get_base_layer().weight.norm()), rel=1e-4
     )
+
+
+def test_a_weight_that_is_all_zero_has_no_relative_size(peft_model):
+    deltas = trained_deltas(peft_model, "l2_weight")
+    torch.nn.init.zeros_(deltas[0].layer.get_base_layer().weight)
+    with pytest.raises(ValueError, match="the weight of model.layers.1.mlp.up_proj is all zero, expected one that a"):
+        squared_norm(deltas)

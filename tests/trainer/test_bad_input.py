@@ -153,3 +153,15 @@ def test_an_output_folder_that_is_a_file(make_model, tokenizer, edits, tmp_path)
         )
         trainer.train()
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_workers_that_do_not_know_the_epoch(make_trainer):
+    edits = EditSet([Edit("The king of Peru is", "Lima", train_rephrases=["Who rules Peru?"])])
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    with pytest.raises(ValueError, match="`dataloader_persistent_workers` is True, expected False: workers that stay"):
+        make_trainer(args=settings, train_dataset=edits)
+
+
+def test_whole_numbers_may_be_written_as_fractions(tmp_path):
+    args = EditConfig(output_dir=str(tmp_path), contexts=3.0)
+    assert args.contexts == 3 and isinstance(args.contexts, int)

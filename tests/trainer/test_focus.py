@@ -12,7 +12,7 @@ from peft_locft.trainer.batches import EditCollator
 
 
 KEPT = {
-    "preservation_prompts": ["What is the capital of Spain?", "Where is Cuba?"],
+    "preservation_prompts": ["What is the river of Spain?", "Where is Cuba?"],
     "preservation_texts": ["Peru is a country. Its people speak many tongues.", "Norway lies in the north of Europe."],
 }
 # Their subjects are at the beginning, in the middle and at the end; one has none, and one is a question.
@@ -35,6 +35,8 @@ LORA = LoraConfig(r=4, target_modules=["down_proj"], layers_to_transform=[1], in
         ("Norway and again Norway", "Norway", ["Norway", "Norway"]),
         ("The capital of Norway is", " Norway ", ["Norway"]),
         ("Who rules Ñandú-land (now)?", "Ñandú-land (now)", ["Ñandú-land", "(now)"]),
+        ("Annual sales of Ann are led by", "Ann", ["Ann"]),
+        ("RulesPeru is", "Peru", ["Peru"]),  # no word of its own, as in scripts without spaces
         ("The capital of Norway is", "Peru", []),
         ("The capital of Norway is", "", []),
         ("The capital of Norway is", None, []),
@@ -223,6 +225,31 @@ def test_where_a_tokenizer_does_not_tell_characters_all_tokens_are_learned_from(
         found = trained(make_trainer, EDITS, subject_focus=1.0)
     # The last MLP, which was computed at some tokens only, rounds in other ways.
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("peft_config", [LocFTConfig(layers=[-1]), LORA])
+@pytest.mark.parametrize("projector", [0.0, 0.3])
+def test_the_last_layer_learns_from_all_tokens(make_trainer, peft_config, projector):
+    """Nothing above it carries what it says at a subject to where the answer is said."""
+    peft_config = LoraConfig(**{**LORA.to_dict(), "layers_to_transform": [2]}) if peft_config is LORA else peft_config
+    alone, found = (
+        trained(make_trainer, EDITS[:3], peft_config, projector=projector, subject_focus=focus, **KEPT)
+        for focus in (0.0, 1.0)
+    )
+    assert any(weight.any() for weight in found)
+    torch.testing.assert_close(found, alone)
+
+
+def test_other_layers_beside_the_last_keep_the_focus(make_trainer):
+    both = LocFTConfig(layers=[1, 2])
+    plain, found = (trained(make_trainer, EDITS[:3], both, subject_focus=focus) for focus in (0.0, 1.0))
+    assert not torch.allclose(found[0], plain[0], atol=1e-4)
+    assert found[1].any()
+    rates = [
+        make_trainer(LocFTConfig(layers=layers), EDITS[:3], learning_rate=None, recipe="careful", **KEPT)
+        for layers in ([2], [1, 2])
+    ]
+    assert rates[1].args.learning_rate == pytest.approx(1.4 * rates[0].args.learning_rate)
 
 
 def test_the_rate_is_raised_only_where_the_focus_is_on(make_trainer, tokenizer, monkeypatch):

@@ -10,7 +10,7 @@ from peft_locft.trainer.forms import make_forms
 
 
 TEXTS = ["Peru is a country. Its people speak many tongues.", "Norway lies in the north of Europe, and Oslo too."]
-QUESTIONS = ["What is the capital of Spain?", "Who was the king of Norway?", "Where is Cuba?"]
+QUESTIONS = ["What is the river of Spain?", "Who was the king of Norway?", "Where is Cuba?"]
 KEPT = {"preservation_prompts": QUESTIONS, "preservation_texts": TEXTS}
 
 
@@ -241,8 +241,42 @@ def test_no_form_contradicts_another_edit_or_is_scored(tokenizer, seed):
     assert not clashes(found)
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+def test_no_wrapped_form_is_scored(tokenizer, prefix):
+    prompt = "The king of Peru is"
+    scored = f"Question: {prompt}\nAnswer:"
+    texts = ["Some words of old"] if prefix else TEXTS
+    edit = Edit(
+        prompt,
+        "Lima",
+        subject="Peru",
+        rephrases=[scored, *[f"{'Some words of old'[:n]}. {prompt}" for n in (10, 13, 17)]],
+    )
+    rows = make_forms(EditSet([edit]), 8, texts, None, tokenizer, None, 0)
+    found = [tokenizer.decode(row["input_ids"]).removesuffix(" Lima<eos>") for row in rows]
+    assert len(found) == 8 and not set(edit.rephrases) & set(found)
+    assert prefix == (f"Some words of old. {prompt}" in contexts_of(edit, 8, texts, None, 0))
+
+
 def test_more_forms_than_epochs_are_told(make_trainer):
     with pytest.warns(
         UserWarning, match="an edit has up to 7 forms, of which each of the 3 epochs trains one, so that some"
     ):
         make_trainer(contexts=6, num_train_epochs=3, **KEPT).train()
+
+
+def test_a_probe_that_is_another_edits_prompt_is_told(make_trainer):
+    edits = EditSet(
+        [
+            Edit("The king of Peru is", "Lima", rephrases=["Who rules Cuba?"], id="first"),
+            Edit("Who rules Cuba?", "Oslo", locality=[{"prompt": "Who rules Spain?"}]),
+            Edit("The king of Chile is", "Oslo", rephrases=["Who is king there?"]),
+        ]
+    )
+    with pytest.warns(UserWarning) as told:
+        make_trainer(train_dataset=edits)
+    assert [str(warning.message) for warning in told if "scored" in str(warning.message)] == [
+        "1 of the edits' rephrases and probes are trained on as other edits' prompts, and say nothing about what was not trained: "
+        "[\"'Who rules Cuba?' of first\"]. Leave them out to be scored on the others alone"
+    ]
+    make_trainer(train_dataset=edits[1:])  # which no warning of ours passes

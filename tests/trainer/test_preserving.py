@@ -10,15 +10,15 @@ from watching import watch_batches, weights
 
 from peft_locft import Edit, EditConfig, EditSet, LocFTConfig
 from peft_locft.preservation import InputStatistics, anchors, input_statistics
-from peft_locft.trainer import preserving
+from peft_locft.trainer import preserving, samples
 from peft_locft.trainer.augmentation import every_way
 from peft_locft.trainer.data import tokenize_edits
 from peft_locft.trainer.pool import TrainingPool
-from peft_locft.trainer.preserving import fill_samples, read_texts
+from peft_locft.trainer.samples import fill_samples, read_texts
 
 
 TEXTS = ["Peru is a country. Its people speak many tongues.", "Norway lies in the north of Europe, and Oslo too."]
-QUESTIONS = ["What is the capital of Spain?", "Who was the king of Norway?", "Where is Cuba?"]
+QUESTIONS = ["What is the river of Spain?", "Who was the king of Norway?", "Where is Cuba?"]
 KEPT = {"preservation_prompts": QUESTIONS, "preservation_texts": TEXTS}
 
 
@@ -163,7 +163,7 @@ def test_statistics_are_half_of_texts_and_half_of_questions_put_in_every_way(
     name = "model.layers.1.mlp.down_proj"
     asked = [f"Question: {question}\nAnswer:" for question in QUESTIONS] + [
         *QUESTIONS,
-        "what is the capital of spain",
+        "what is the river of spain",
         "who was the king of norway",
         "where is cuba",
         *(every_way(question, None, TEXTS, 42)[-1] for question in QUESTIONS),
@@ -185,8 +185,8 @@ def test_samples_are_drawn_in_16_bits_where_that_is_faster(
         model, "generate", lambda *args, **kwargs: used.add(model.lm_head.weight.dtype) or generate(*args, **kwargs)
     )
     args = EditConfig(output_dir=str(tmp_path), use_cpu=True, kl_weight=1.0)
-    monkeypatch.setattr(preserving, "_PROMPTS", 4)
-    monkeypatch.setattr(preserving, "_TEXTS", 4)
+    monkeypatch.setattr(samples, "_PROMPTS", 4)
+    monkeypatch.setattr(samples, "_TEXTS", 4)
     fill_samples(args, edits, model, tokenizer)
     assert used == {expected} and len(args.preservation_texts) == 4
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -237,10 +237,96 @@ def test_training_twice_goes_on_from_where_it_was(make_trainer):
 def test_the_models_own_samples_are_kept_and_forgotten_with_the_run(make_trainer, tmp_path):
     path = tmp_path / "run" / "preservation" / "samples.json"
     make_trainer(contexts=2, kl_weight=1.0, num_train_epochs=1).train()
-    assert set(json.loads(path.read_text())) == {"chat", "given", "questions", "statements", "texts"}
+    assert set(json.loads(path.read_text())) == {"chat", "given", "of", "questions", "statements", "texts"}
     path.write_text(json.dumps({"questions": ["of another model"], "texts": ["of another model"]}))
     make_trainer(contexts=2, kl_weight=1.0, num_train_epochs=1).train()
     assert "of another model" not in path.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*further forms of edits")
+@pytest.mark.parametrize(
+    ("changed", "is_kept"),
+    [
+        ({}, True),
+        ({"learning_rate": 1e-3}, True),
+        ({"model": 1}, False),
+        ({"train_dataset": EditSet([Edit("The river of Peru is", "Lima")])}, False),
+        ({"seed": 1}, False),
+        ({"preservation_texts": TEXTS}, False),
+        ({"peft_config": LocFTConfig(layers=[0])}, None),  # other statistics of the same samples
+    ],
+)
+def test_what_a_run_prepared_before_it_was_killed_is_not_made_again(
+    make_trainer, make_model, monkeypatch, changed, is_kept
+):
+    asked = []
+
+    def killed(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(samples, "_TEXTS", 4)
+    for module, name in ((samples, "sample_texts"), (preserving, "input_statistics")):
+        made = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, made=made, name=name, **kw: asked.append(name) or made(*args, **kw)
+        )
+    settings = {"contexts": 2, "kl_weight": 1.0, "projector": 0.3, "num_train_epochs": 3}
+    settings["preservation_prompts"] = QUESTIONS
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preserving, "make_anchors", killed)
+        make_trainer(**settings).train()
+    assert asked == ["sample_texts", "input_statistics", "input_statistics"]
+    asked.clear()
+    if "model" in changed:
+        other = make_model()
+        with torch.no_grad():
+            other.model.embed_tokens.weight.mul_(1.01)
+        changed = {"model": get_peft_model(other, LocFTConfig(layers=[1]))}
+    make_trainer(**settings | changed).train()
+    if is_kept is None:
+        assert asked == ["input_statistics"] * 2
+    else:
+        texts = [] if "preservation_texts" in changed else ["sample_texts"]
+        assert asked == ([] if is_kept else [*texts, "input_statistics", "input_statistics"])
+
+
+def test_what_is_asked_of_the_edits_is_not_held_to(make_trainer, make_model, tokenizer, monkeypatch):
+    edits = EditSet(
+        [
+            Edit("The king of Peru is", "Lima", rephrases=["Who is the king of Peru?"]),
+            Edit("Who rules Cuba?", "Oslo", locality=[{"prompt": "Who rules Spain?"}]),
+        ]
+    )
+    theirs = ["The king of Peru is", "Who is the king of Peru?", "Who rules Cuba?", "Who rules Spain?"]
+    asked = []
+    make = preserving.make_anchors
+    monkeypatch.setattr(
+        preserving, "make_anchors", lambda *args, **settings: asked.extend(args[2]) or make(*args, **settings)
+    )
+    trainer = make_trainer(
+        None, edits, kl_weight=1.0, num_train_epochs=1, **KEPT | {"preservation_prompts": [*theirs, "Why?"]}
+    )
+    with pytest.warns(UserWarning, match="4 of the 5 `preservation_prompts` are left out: they are prompts of the"):
+        trainer.train()
+    assert asked and not {text.lower() for text in theirs} & {text.lower() for text in asked}
+    monkeypatch.setattr(samples, "sample_questions", lambda *args: [*theirs, "Who knows?"])
+    monkeypatch.setattr(samples, "sample_statements", lambda *args: theirs)
+    args = EditConfig(output_dir=trainer.args.output_dir, kl_weight=1.0)
+    fill_samples(args, edits, make_model(), tokenizer)
+    assert args.preservation_prompts == ["Who knows?"]
+
+
+@pytest.mark.parametrize("term", [{"kl_weight": 1.0}, {"projector": 0.3}])
+def test_what_is_longer_than_the_context_is_left_out_or_cut(make_trainer, make_model, term):
+    long = " ".join(["The river of Spain is in the north of Norway"] * 20)
+    model = get_peft_model(make_model("gpt2"), LocFTConfig(layers=[1]))
+    make_trainer(
+        model=model,
+        num_train_epochs=1,
+        preservation_prompts=["Where is it?", f"{long}?"],
+        preservation_texts=[long],
+        **term,
+    ).train()
 
 
 @pytest.mark.parametrize(
@@ -256,8 +342,8 @@ def test_prompts_are_made_up_of_the_kind_that_the_edits_are(
 ):
     asked = []
     for kind, name in (("questions", "sample_questions"), ("statements", "sample_statements")):
-        monkeypatch.setattr(preserving, name, lambda *args, kind=kind: asked.append((kind, args[2])) or [kind])
-    monkeypatch.setattr(preserving, "sample_texts", lambda *args: ["Some text of Ada Lovelace."])
+        monkeypatch.setattr(samples, name, lambda *args, kind=kind: asked.append((kind, args[2])) or [kind])
+    monkeypatch.setattr(samples, "sample_texts", lambda *args: ["Some text of Ada Lovelace."])
     edits = EditSet(Edit(prompt.format("Peru"), "Lima", subject="Peru") for prompt in prompts)
     args = EditConfig(output_dir=str(tmp_path), kl_weight=1.0)
     fill_samples(args, edits, make_model(), tokenizer)

@@ -5,6 +5,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig
+from peft_locft.trainer import recipes
 from peft_locft.trainer.recipes import RECIPES, TERMS, careful_layers, recipe_config
 
 
@@ -65,5 +66,14 @@ def test_fused_experts_are_told_by_the_recipe(tokenizer, edits, recipe, message)
 
 def test_locaedit_needs_subjects(make_model, tokenizer):
     edits = EditSet([Edit("One is", "two"), Edit("Three is", "four")])
-    with pytest.raises(ValueError, match="got 2 edits without a `subject`, expected some with one"):
+    with pytest.raises(ValueError, match="got 2 edits without a `subject` that stands in the prompt, expected"):
         recipe_config("locaedit", make_model(), tokenizer, edits)
+
+
+def test_locaedit_traces_those_whose_subject_is_in_the_prompt(make_model, tokenizer, edits, monkeypatch):
+    traced = []
+    monkeypatch.setattr(recipes, "trace_edits", lambda model, tokenizer, facts, **kw: traced.extend(facts) or facts)
+    monkeypatch.setattr(recipes, "layers_from_tracing", lambda results: [1])
+    others = [Edit(f"Number {number} is", "odd", subject="It") for number in range(60)]
+    recipe_config("locaedit", make_model(), tokenizer, EditSet([*others, *edits]))
+    assert [edit.prompt for edit in traced] == [edit.prompt for edit in edits]

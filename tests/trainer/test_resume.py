@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
-from peft_locft import EditConfig, EditTrainer
+from peft_locft import EditConfig, EditTrainer, LocFTConfig
 
 
 RUN = """
@@ -114,6 +115,30 @@ def test_other_edits_are_refused_on_resuming(model_folder, edits, tmp_path):
     train(model_folder, edits, tmp_path)
     with pytest.raises(ValueError, match="was trained on other edits than the 7 given now"):
         train(model_folder, edits[:7], tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("begun", "given", "message"),
+    [
+        (
+            LocFTConfig(layers=[0]),
+            LocFTConfig(layers=[1]),
+            r"holds .*layers\.0\.mlp.*, and what is trained now is .*layers\.1\.mlp",
+        ),
+        (LocFTConfig(layers=[0]), LocFTConfig(layers=[0, 1]), "trained now is"),
+        (
+            LoraConfig(target_modules=["down_proj"], layers_to_transform=[0]),
+            LoraConfig(target_modules=["down_proj"], layers_to_transform=[1]),
+            "resume with the `peft_config` and the recipe that the run was begun with",
+        ),
+        (LocFTConfig(layers=[0]), LoraConfig(target_modules=["down_proj"], layers_to_transform=[0]), "lora_A"),
+    ],
+)
+def test_resuming_at_another_place_is_refused(model_folder, edits, tmp_path, begun, given, message):
+    args = EditConfig(output_dir=str(tmp_path / "run"), num_train_epochs=1, disable_tqdm=True, report_to="none")
+    EditTrainer(str(model_folder), args, edits, peft_config=begun).train()
+    with pytest.raises(ValueError, match=message):
+        EditTrainer(str(model_folder), args, edits, peft_config=given).train(resume_from_checkpoint=True)
 
 
 def test_an_output_folder_with_another_run_is_refused_and_left_alone(model_folder, edits, tmp_path):

@@ -16,7 +16,7 @@ from trl import TrlParser
 from ..edits import load_edits
 from ..search import GROUPS, SearchResults, plot_search, search_locations
 from ..trainer import EditConfig
-from ..trainer.preserving import read_texts
+from ..trainer.samples import read_texts
 from .checks import check_model, check_output
 
 

@@ -84,7 +84,30 @@ def encode_answers(
     return pairs
 
 
-def subject_places(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str | None) -> list[int]:
+def find_subject(prompt: str, subject: str | None) -> list[tuple[int, int]]:
+    """Return where a subject stands in a prompt: as words of their own, or if it nowhere does, inside of others, because not
+    all scripts put spaces between words.
+
+    Args:
+        prompt (`str`):
+            The prompt.
+        subject (`str`, *optional*):
+            The subject, as it is written in the prompt.
+
+    Returns:
+        `list[tuple[int, int]]`: For each time, its first character and the one behind its last; empty where it does not
+        occur.
+    """
+    written = re.escape((subject or "").strip())
+    if not written:
+        return []
+    for pattern in (rf"(?<!\w){written}(?!\w)", written):
+        if found := [match.span() for match in re.finditer(pattern, prompt)]:
+            return found
+    return []
+
+
+def subject_places(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str | None, start: int = 0) -> list[int]:
     """Return which tokens of a prompt, as [`encode_prompts`] encodes it, share a character with its subject.
 
     Args:
@@ -94,15 +117,14 @@ def subject_places(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str
             The prompt.
         subject (`str`, *optional*):
             The subject, as it is written in the prompt.
+        start (`int`, *optional*, defaults to `0`):
+            The character from which on it is looked for.
 
     Returns:
         `list[int]`: Their places, counted from 0, wherever the subject stands; empty where it does not.
     """
-    subject = (subject or "").strip()
-    found = [match.span() for match in re.finditer(re.escape(subject), prompt)] if subject else []
-    if not found:
-        return []
-    return tokens_over(tokenizer, prompt, found)
+    found = [(start + first, start + stop) for first, stop in find_subject(prompt[start:], subject)]
+    return tokens_over(tokenizer, prompt, found) if found else []
 
 
 def tokens_over(tokenizer: PreTrainedTokenizerBase, prompt: str, parts: Sequence[tuple[int, int]]) -> list[int]:

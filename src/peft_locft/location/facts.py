@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..edits.tokens import encode_prompts, tokens_over
+from ..edits.tokens import encode_prompts, find_subject, tokens_over
 
 
 # ROME (arXiv 2202.05262), figure 2: the roles over which effects are averaged.
@@ -40,7 +40,8 @@ class Fact(NamedTuple):
 def read_fact(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str) -> Fact:
     """Encode a prompt, and find the tokens of its subject by their characters.
 
-    A token belongs to the subject if it shares a character with it. Of several occurrences the first counts.
+    A token belongs to the subject if it shares a character with it. Of several occurrences the first counts, and those as
+    words of their own come before those inside of others.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -61,15 +62,14 @@ def read_fact(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str) -> 
             f"{type(tokenizer).__name__} is not a fast tokenizer, which is needed to tell the characters of each token: "
             "load one with `AutoTokenizer.from_pretrained`"
         )
-    start = prompt.find(subject.strip()) if subject.strip() else -1
-    if start < 0:
+    found = find_subject(prompt, subject)
+    if not found:
         raise ValueError(
             f"the subject {subject!r} does not occur in the prompt {prompt!r}: write it as it stands in the prompt, "
             "upper and lower case included"
         )
-    stop = start + len(subject.strip())
     (tokens,) = encode_prompts(tokenizer, [prompt])
-    inside = tokens_over(tokenizer, prompt, [(start, stop)])
+    inside = tokens_over(tokenizer, prompt, found[:1])
     if not inside:
         raise ValueError(
             f"no token of the prompt {prompt!r} stands for the subject {subject!r}, which the tokenizer drops: "

@@ -2,7 +2,7 @@
 
 from .anchors import Anchor, divergence, make_anchors
 from .deltas import Delta, trained_deltas
-from .focus import Focus
+from .focus import Focus, focused
 from .limits import LimitCallback, squared_norm
 from .projector import Projection, is_projected
 from .samples import sample_questions, sample_statements, sample_texts
@@ -18,6 +18,7 @@ __all__ = [
     "LimitCallback",
     "Projection",
     "divergence",
+    "focused",
     "input_statistics",
     "is_projected",
     "make_anchors",

@@ -8,6 +8,7 @@ divergence between distributions whose outcomes were joined is never larger than
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -71,16 +72,21 @@ def make_anchors(
         text_length (`int`):
             How many tokens of a text are looked at.
         max_length (`int`, *optional*):
-            The longest sequence that the model takes, in tokens. What is longer is left out.
+            The longest sequence that the model takes, in tokens. Questions that are longer with their answer are left
+            out, and texts are cut.
 
     Returns:
         `list[Anchor]`: One for each question and text, in their order.
     """
-    sequences = [(ids, len(ids) - 1) for ids in encode_prompts(tokenizer, prompts)]
-    answers = generate_greedy(model, tokenizer, prompts, [answer_length] * len(prompts))
-    sequences = [(ids + answer, first) for (ids, first), answer in zip(sequences, answers)]
+    asked = [
+        (prompt, ids)
+        for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts))
+        if ids and len(ids) + answer_length <= (max_length or math.inf)
+    ]
+    answers = generate_greedy(model, tokenizer, [prompt for prompt, _ in asked], [answer_length] * len(asked))
+    sequences = [(ids + answer, len(ids) - 1) for (_, ids), answer in zip(asked, answers)]
+    text_length = min(text_length, max_length or text_length)
     sequences += [(ids[:text_length], 0) for ids in encode_prompts(tokenizer, texts) if len(ids) > 1]
-    sequences = [(ids, first) for ids, first in sequences if first >= 0 and len(ids) <= (max_length or len(ids))]
     anchors: list[Anchor | None] = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number][0]))
     with evaluating(model):

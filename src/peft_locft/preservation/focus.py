@@ -8,7 +8,7 @@ change acts on all tokens as always, and only its gradient is taken from some.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,8 +16,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..tuner import layer_index
 from ..tuner.temporary import replaced_forwards
 from .deltas import Delta
+
+
+def focused(deltas: Sequence[Delta], num_layers: int | None) -> list[Delta]:
+    """Return the changes that can learn from subjects alone: not those in the last layer or behind it, above which nothing
+    carries what they say at a subject to where the answer is said.
+
+    Args:
+        deltas (`Sequence[Delta]`):
+            What is trained.
+        num_layers (`int`, *optional*):
+            How many layers the model has, if that is known.
+
+    Returns:
+        `list[Delta]`: Some of them.
+    """
+    if num_layers is None:
+        return list(deltas)
+    indices = [(delta, layer_index(delta.name)) for delta in deltas]
+    return [delta for delta, index in indices if index is not None and index < num_layers - 1]
 
 
 class Focus:
@@ -25,7 +45,7 @@ class Focus:
 
     Args:
         deltas (`Sequence[Delta]`):
-            What is trained.
+            What is trained so, of [`focused`].
 
     Attributes:
         shares (`torch.Tensor` of shape `(rows, width)`, *optional*):
@@ -33,7 +53,7 @@ class Focus:
     """
 
     def __init__(self, deltas: Sequence[Delta]):
-        self._modules = list({part: None for delta in deltas for part in (delta.entrance(), delta.factor())})
+        self._modules = {part: None for delta in deltas for part in (delta.entrance(), delta.factor())}
         self.shares: torch.Tensor | None = None
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -62,6 +82,18 @@ class Focus:
         shares = self.shares.reshape(*x.shape[:-1], 1).to(x)
         learned = F.linear(x.detach() * shares, weight)
         return F.linear(x, weight.detach()) + (learned - learned.detach())
+
+    def linear_of(self, delta: Delta) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Return what computes the output of a change from its inputs and its weight.
+
+        Args:
+            delta ([`Delta`]):
+                The change, whether it is trained so or not.
+
+        Returns:
+            `Callable`: [`~Focus.linear`], or `F.linear`.
+        """
+        return self.linear if delta.entrance() in self._modules else F.linear
 
     @contextmanager
     def applied(self, others: Collection[nn.Module]) -> Iterator[None]:

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from ..tuner.temporary import replaced_forwards
 from .deltas import Delta
+from .focus import Focus
 from .statistics import InputStatistics
 
 
@@ -52,8 +53,8 @@ class Projection:
             The second moments of the inputs of their modules.
         threshold (`float`):
             t, as a multiple of the median of C's diagonal.
-        linear (`Callable`, *optional*):
-            What computes a module's output from its inputs and its weight. Defaults to `F.linear`.
+        focus ([`Focus`], *optional*):
+            What lets deltas learn from subjects.
 
     Raises:
         `ValueError`: If there are no statistics of a module, they have another width, or all of them are zero.
@@ -65,10 +66,10 @@ class Projection:
         deltas: Sequence[Delta],
         statistics: InputStatistics,
         threshold: float,
-        linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.linear,
+        focus: Focus | None = None,
     ):
-        self._linear = linear
         self._parts: list[tuple[nn.Linear, torch.Tensor]] = []
+        self._linears = [focus.linear_of(delta) if focus is not None else F.linear for delta in deltas]
         digest = hashlib.sha256(repr((threshold, _DISTURBANCE)).encode())
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         outputs: list[float] = []  # their mean squares
@@ -103,9 +104,8 @@ class Projection:
     def applied(self) -> Iterator[None]:
         """Within this context, the adapter's modules compute `D P x`. Behind it, their weights are `D P`."""
         try:
-            with replaced_forwards(
-                {part: _projected(part, projector, self._linear) for part, projector in self._parts}
-            ):
+            parts = zip(self._parts, self._linears)
+            with replaced_forwards({part: _projected(part, projector, linear) for (part, projector), linear in parts}):
                 yield
         finally:
             self._fold()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..edits import EditSet, load_edits
 from ..edits.tokens import load_tokenizer
 from ..trainer import EditConfig
-from ..trainer.preserving import fill_samples, read_texts
+from ..trainer.samples import fill_samples, read_texts
 from ..trainer.setup import check_decoder, load_model
 from ..tuner.fingerprint import tokenizer_fingerprint
 from ..tuner.temporary import evaluating, trained_as_before

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ..edits import Edit
 from ..edits.contexts import in_context
+from ..edits.tokens import find_subject
 
 
 _PREFIX_WORDS = (2, 10)
@@ -46,22 +47,21 @@ def contexts_of(
         seed (`int`):
             The seed of the choices.
         is_free (`Callable[[str, str], bool]`, *optional*):
-            Whether a form may be trained with a target. Where no words can be left out without one that may
-            not, the bare prompt stands.
+            Whether a form may be trained with a target. Where none may, the bare prompt stands.
 
     Returns:
         `list[str]`: `count` prompts.
     """
-    forms = _asked(edit.prompt, chat)
+    forms = [form if is_free(form, edit.target) else edit.prompt for form in _asked(edit.prompt, chat)]
     asked = len(forms)
     choice = random.Random(f"{seed} {edit.id}")
     to_a_prefix = _QUESTIONS_TO_A_PREFIX if is_question(edit.prompt) else _SENTENCES_TO_A_PREFIX
     while len(forms) < count:
         if (len(forms) - asked) % to_a_prefix == 0:
-            forms.append(_behind_text(edit.prompt, prefixes, choice))
+            others = (_behind_text(edit.prompt, prefixes, choice) for _ in range(_TRIES))
         else:
             others = (_in_other_words(edit, choice) for _ in range(_TRIES))
-            forms.append(next((form for form in others if is_free(form, edit.target)), edit.prompt))
+        forms.append(next((form for form in others if is_free(form, edit.target)), edit.prompt))
     return forms[:count]
 
 
@@ -196,8 +196,8 @@ def subject_place(edit: Edit) -> range | None:
     Returns:
         `range` or `None`: Its letters' places, the first time that it stands there; `None` where it does not.
     """
-    first = edit.prompt.find(edit.subject) if edit.subject else -1
-    return range(first, first + len(edit.subject)) if first >= 0 else None
+    found = find_subject(edit.prompt, edit.subject)
+    return range(*found[0]) if found else None
 
 
 def _overlaps(word: re.Match, places: range) -> bool:

@@ -15,13 +15,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..preservation import is_projected
 from ..tuner.temporary import evaluating
 from .batches import EditCollator
-from .checks import check_output_dir, check_same_edits, find_checkpoint, read_state
+from .checks import check_output_dir, check_same_edits, check_same_place, find_checkpoint, read_state
 from .exactness import Shortcuts, exact_shortcuts
 from .last_layer import find_last_mlp
 from .loss import EditLosses, edit_losses
 from .precision import frozen_dtype, frozen_weights_in
 from .prefix_cache import build_prefix_cache
-from .preserving import forget_samples, preserving
+from .preserving import preserving
 from .progress import EpochProgress
 from .publishing import PublishingTrainer
 from .resting import Resting
@@ -47,7 +47,7 @@ class BreadthFirstTrainer(PublishingTrainer):
         Raises:
             `FileExistsError`: If the output folder holds another run.
             `FileNotFoundError`: If there is no complete checkpoint to go on from.
-            `ValueError`: If a checkpoint was made with other edits.
+            `ValueError`: If a checkpoint was made with other edits, or of an adapter at another place.
         """
         start = time.perf_counter()
         max_epochs = self.args.num_train_epochs
@@ -57,7 +57,6 @@ class BreadthFirstTrainer(PublishingTrainer):
             resume_from_checkpoint = self._prepare_resume(resume_from_checkpoint)
         elif not self.state.global_step:
             check_output_dir(self.args.output_dir)
-            forget_samples(self.args)
             set_seed(self.args.seed)
         with ExitStack() as stack:
             self._preservation = stack.enter_context(
@@ -68,6 +67,7 @@ class BreadthFirstTrainer(PublishingTrainer):
                     self.train_dataset,
                     self.args,
                     self._max_length,
+                    bool(resume_from_checkpoint or self.state.global_step),
                     self.add_callback,
                     self.remove_callback,
                 )
@@ -101,6 +101,7 @@ class BreadthFirstTrainer(PublishingTrainer):
                 "`True` for the newest complete one in the output folder"
             )
         check_same_edits(checkpoint, self.edits)
+        check_same_place(checkpoint, self.accelerator.unwrap_model(self.model))
         self.progress = EpochProgress.load(checkpoint)
         self.resting.load(checkpoint)
         losses = [entry["epoch_loss"] for entry in state["log_history"] if "epoch_loss" in entry]
@@ -136,7 +137,8 @@ class BreadthFirstTrainer(PublishingTrainer):
             shortcuts = exact_shortcuts(model, self.train_dataset, collator.pad_token_id, self._keeps_logits, possible)
         self._shortcuts, collator.packed, collator.cache = shortcuts, shortcuts.packed, shortcuts.cache
         collator.resting = self.resting.now if self.args.recheck_epochs else None
-        collator.pool, collator.focus = self._preservation.pool, self.args.subject_focus
+        collator.pool = self._preservation.pool
+        collator.focus = self.args.subject_focus if self._preservation.focus is not None else 0.0
         if dtype is not None:
             below = shortcuts.cache.prefix.below if shortcuts.cache is not None else []
             stack.enter_context(frozen_weights_in(dtype, model, below))

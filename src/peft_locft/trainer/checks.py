@@ -8,9 +8,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from transformers import TrainingArguments
 
 from ..edits import LEDGER_NAME, EditSet
+from ..tuner.messages import shown
+from .augmentation import scored_prompts
 
 
 # Any of these says that a folder holds a run.
@@ -144,3 +149,53 @@ def check_same_edits(checkpoint: Path, edits: EditSet) -> None:
             f"the checkpoint {checkpoint} was trained on other edits than the {len(edits)} given now (see its "
             f"{LEDGER_NAME}): resume with the same edits in the same order, or start a new run in another folder"
         )
+
+
+def check_same_place(checkpoint: Path, model: PeftModel) -> None:
+    """Refuse to resume a run with an adapter of other weights than it was begun with, of which nothing would be loaded.
+
+    Args:
+        checkpoint (`Path`):
+            The checkpoint's folder.
+        model ([`~peft.PeftModel`]):
+            The model that is trained now.
+
+    Raises:
+        `ValueError`: If they differ.
+    """
+    path = checkpoint / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return
+    with safe_open(path, "pt") as file:
+        before = set(file.keys())
+    now = set(get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False))
+    if now != before:
+        raise ValueError(
+            f"the checkpoint {checkpoint} holds {shown(sorted(before), 3)}, and what is trained now is {shown(sorted(now), 3)}: resume "
+            "with the `peft_config` and the recipe that the run was begun with, or start a new run in another folder"
+        )
+
+
+def describe_taught(edits: EditSet) -> str | None:
+    """Say which edits' probes are trained on after all, because they are the prompts of others.
+
+    Args:
+        edits ([`EditSet`]):
+            The edits.
+
+    Returns:
+        `str` or `None`: One sentence, or `None` if there are none.
+    """
+    trained = {text: edit.id for edit in edits for text in (edit.prompt, *edit.train_rephrases)}
+    taught = [
+        f"{prompt!r} of {edit.id}"
+        for edit in edits
+        for prompt in scored_prompts(edit)
+        if trained.get(prompt, edit.id) != edit.id
+    ]
+    if not taught:
+        return None
+    return (
+        f"{len(taught)} of the edits' rephrases and probes are trained on as other edits' prompts, and say nothing about what was "
+        f"not trained: {shown(taught, 3)}. Leave them out to be scored on the others alone"
+    )

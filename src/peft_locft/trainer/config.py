@@ -286,6 +286,7 @@ class EditConfig(TrainingArguments):
         for name in ("recheck_epochs", "contexts"):
             if getattr(self, name) != int(getattr(self, name)):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected a whole number")
+            setattr(self, name, int(getattr(self, name)))
         for name in ("preservation_prompts", "preservation_texts"):
             setattr(self, name, _checked_texts(getattr(self, name), name))
         check_contexts(self.eval_contexts)

@@ -110,7 +110,8 @@ def _subject(edit: Edit, prompt: str, tokenizer: PreTrainedTokenizerBase) -> lis
     """Return the places of the subject's tokens in one of the edit's forms, unless it is a question."""
     if is_question(edit.prompt) or not tokenizer.is_fast:
         return []
-    return subject_places(tokenizer, prompt, edit.subject)
+    # Not in what stands before the edit's own words, such as a chat's first turn.
+    return subject_places(tokenizer, prompt, edit.subject, max(prompt.rfind(edit.prompt), 0))
 
 
 def _fault(prompt: int, target: int, edit: Edit, max_length: int | None) -> str | None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..edits import EditSet
 from ..location import layers_from_tracing, trace_edits
 from ..tuner import LocFTConfig, default_module, num_layers
+from .augmentation import subject_place
 
 
 _PAPER = {
@@ -97,11 +98,11 @@ def recipe_config(
                 "`peft_config` of linear modules, such as attention's"
             )
         return LocFTConfig(layers=layers, target_modules=[module], task_type="CAUSAL_LM")
-    facts = [edit for edit in edits if edit.subject][:_TRACED]
+    facts = [edit for edit in edits if subject_place(edit) is not None][:_TRACED]
     if not facts:
         raise ValueError(
             f"the recipe 'locaedit' traces what the model knows about the edits' subjects: got {len(edits)} edits without a "
-            "`subject`, expected some with one. Give subjects, or take another recipe"
+            "`subject` that stands in the prompt, expected some with one. Give subjects, or take another recipe"
         )
     # What the layers are proposed from, and no more: all of it took half an hour for 50 facts (docs/log.md).
     results = trace_edits(

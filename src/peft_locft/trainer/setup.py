@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet, load_edits
-from ..tuner import LocFTLayer
+from ..preservation import focused, trained_deltas
+from ..tuner import LocFTLayer, num_layers
 from .config import EditConfig
 from .offload import load_with_prefix_offloaded
 
@@ -58,6 +60,25 @@ def automatic_learning_rate(model: PeftModel, factor: float) -> float:
         if isinstance(module, LocFTLayer) and any(p.requires_grad for p in module.parameters())
     ]
     return factor * _PAPER_RATE * _PAPER_WIDTH / max(widths) if widths else _OTHER_RATE
+
+
+def focus_share(model: PeftModel, tokenized: Dataset, args: EditConfig) -> float:
+    """Return how far all edits are learned at their subjects alone.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model to be trained.
+        tokenized ([`~datasets.Dataset`]):
+            The rows of [`tokenize_edits`].
+        args ([`EditConfig`]):
+            The training arguments.
+
+    Returns:
+        `float`: `subject_focus`, times the share of the edits whose subjects were found; 0 where no change can learn so.
+    """
+    if not focused(trained_deltas(model, "subject_focus"), num_layers(model.config)):
+        return 0.0
+    return args.subject_focus * sum(map(bool, tokenized["subject"])) / len(tokenized)
 
 
 def load_eval_edits(source: Any) -> EditSet | dict[str, EditSet] | None:

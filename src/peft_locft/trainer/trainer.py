@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..tuner import LocFTConfig, check_tokenizer
 from ..tuner.weights import base_of
 from .batches import EditCollator
 from .breadth_first import BreadthFirstTrainer
-from .checks import check_breadth_first
+from .checks import check_breadth_first, describe_taught
 from .config import EditConfig
 from .data import tokenize_edits
 from .exactness import Shortcuts
@@ -41,6 +42,7 @@ from .setup import (
     automatic_batch_size,
     automatic_learning_rate,
     check_decoder,
+    focus_share,
     load_eval_edits,
     load_model,
     max_length,
@@ -114,6 +116,13 @@ class EditTrainer(BreadthFirstTrainer):
                 f"`recheck_epochs` is {args.recheck_epochs} and edits have `train_rephrases`, expected one of them: an edit that "
                 "is learned in one form would not be visited in the others"
             )
+        if args.dataloader_persistent_workers and any(edit.train_rephrases for edit in self.edits):
+            raise ValueError(
+                "edits have `train_rephrases` and `dataloader_persistent_workers` is True, expected False: workers that stay do not "
+                "know which epoch it is, and so which form is to be trained"
+            )
+        if taught := describe_taught(self.edits):
+            warnings.warn(taught, stacklevel=2)
         if args.per_device_train_batch_size is None:
             parallel = args.gradient_accumulation_steps * args.world_size * max(args.n_gpu, 1)
             most = MOST_EDITS.get(args.recipe)
@@ -163,7 +172,7 @@ class EditTrainer(BreadthFirstTrainer):
         if args.offload_prefix and not hasattr(base_model, "hf_device_map"):
             offload_prefix(model, args)
         if args.learning_rate is None:
-            focus = args.subject_focus * sum(map(bool, tokenized["subject"])) / len(tokenized)
+            focus = focus_share(model, tokenized, args) if args.subject_focus else 0.0
             factor = rate_factor(args.recipe, len(self.edits), focus)
             args.learning_rate = automatic_learning_rate(model, factor)
 

@@ -74,6 +74,12 @@ def test_the_subject_is_found_by_its_characters(prompt, subject, text, tokenizer
     assert fact.tokens == tokenizer(prompt)["input_ids"]
 
 
+def test_a_subject_is_not_looked_for_inside_other_words(tokenizer):
+    fact = read_fact(tokenizer, "Annual sales of Ann are", "Ann")
+    assert tokenizer.decode(fact.tokens[: fact.begin]).strip() == "Annual sales of"
+    assert tokenizer.decode(fact.tokens[fact.end :]).strip() == "are"
+
+
 def test_averages_are_those_of_the_single_traces_by_role(make_model, tokenizer, facts):
     model = make_model()
     found = trace_edits(model, tokenizer, facts, copies=3, window=2, show_progress=False)

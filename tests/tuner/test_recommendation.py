@@ -21,6 +21,7 @@ from transformers import (
 
 from peft_locft import EditConfig, EditTrainer, LocFTConfig
 from peft_locft.search.places import find_places
+from peft_locft.trainer.setup import automatic_learning_rate
 
 
 # The last projection of the MLP, read off each architecture's source.
@@ -253,6 +254,30 @@ def test_it_is_the_trainers_default(make_model, tokenizer, edits, tmp_path):
         expected.target_modules,
         expected.reason,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "rate"),
+    [
+        # The paper's, of its appendix on hyperparameters.
+        ("Llama-3-8B", None, 5e-4),
+        ("Mistral-7B-v0.1", None, 5e-5),
+        ("with two added tokens", None, 5e-5),
+        ("Qwen2.5-7B", None, 5e-4),
+        # By the width of the modules' inputs.
+        ("Mistral-7B-v0.1", LocFTConfig(layers=[23], target_modules=["mlp.down_proj"]), 5e-4),
+        ("Qwen2.5-7B", LocFTConfig(layers=[7], target_modules=["mlp.down_proj"]), 5e-4 * 14336 / 18944),
+        ("Qwen2.5-14B", None, 5e-4 * 14336 / 13824),
+        ("Mistral-7B-v0.3", None, 5e-4),
+        ("Qwen2.5-0.5B", None, 5e-4 * 14336 / 4864),
+    ],
+)
+def test_the_papers_rate_at_its_places(name, config, rate):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=torch.bfloat16)
+    model = get_peft_model(model, copy.deepcopy(config) or LocFTConfig.recommended(CONFIGS[name]))
+    assert automatic_learning_rate(model, 1.0) == pytest.approx(rate)
+    assert automatic_learning_rate(model, 0.5) == pytest.approx(rate / 2)
 
 
 @pytest.mark.parametrize("config", [None, {"num_hidden_layers": 3}])

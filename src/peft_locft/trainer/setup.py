@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..edits import EditSet, load_edits
 from ..preservation import focused, trained_deltas
-from ..tuner import LocFTLayer, num_layers
+from ..tuner import LocFTConfig, LocFTLayer, num_layers
+from ..tuner.recommendation import published_rate
+from ..tuner.weights import base_of
 from .config import EditConfig
 from .offload import load_with_prefix_offloaded
 
@@ -42,7 +44,8 @@ def automatic_batch_size(num_edits: int, parallel: int, most: int | None = None)
 
 
 def automatic_learning_rate(model: PeftModel, factor: float) -> float:
-    """Return the rate for a model's active adapter: the paper's for its width, scaled to the edited module's.
+    """Return the rate for a model's active adapter: the paper's where it names the model and the place, else that for
+    Llama-3-8B's width, scaled to the edited module's.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -51,8 +54,13 @@ def automatic_learning_rate(model: PeftModel, factor: float) -> float:
             The recipe's [`rate_factor`].
 
     Returns:
-        `float`: 5e-4 · 14336 / (the widest input of an edited module), times the factor, for LocFT; else 2e-3.
+        `float`: The paper's, or 5e-4 · 14336 / (the widest input of an edited module), times the factor, for LocFT; else 2e-3.
     """
+    config = model.active_peft_config
+    if isinstance(config, LocFTConfig) and (
+        rate := published_rate(base_of(model).config, config.layers, config.target_modules)
+    ):
+        return factor * rate
     widths = [
         # Fused experts, (experts, out_features, in_features), have no width of their own.
         getattr(module, "in_features", None) or max(p.shape[-1] for p in module.parameters() if p.requires_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,13 +44,14 @@ class _Published(NamedTuple):
     module: str
     words: str
     small_vocab_size: int | None = None  # of smaller members of the family, where it is another one
+    rate: float | None = None  # where it is told
 
 
 # LocFT-BF (arXiv 2509.22072), section 4 and the appendix on hyperparameters. The layers are counted from 0.
 _PUBLISHED = (
-    _Published("Llama-3-8B", "llama", 32, 4096, 128256, 22, "mlp.down_proj", "the MLP's down projection"),
-    _Published("Mistral-7B-v0.1", "mistral", 32, 4096, 32000, 23, "layer", "the entire layer"),
-    _Published("Qwen2.5-7B", "qwen2", 28, 3584, 152064, 6, "mlp.down_proj", "the MLP's down projection", 151936),
+    _Published("Llama-3-8B", "llama", 32, 4096, 128256, 22, "mlp.down_proj", "the MLP's down projection", None, 5e-4),
+    _Published("Mistral-7B-v0.1", "mistral", 32, 4096, 32000, 23, "layer", "the entire layer", None, 5e-5),
+    _Published("Qwen2.5-7B", "qwen2", 28, 3584, 152064, 6, "mlp.down_proj", "the MLP's down projection", 151936, 5e-4),
     _Published(
         "Qwen1.5-MoE-A2.7B",
         "qwen2_moe",
@@ -132,6 +134,35 @@ def recommended_place(model: nn.Module | PreTrainedConfig) -> Place:
                 "measured larger ones only",
             )
     return _default_place(model, count, f"the paper names no place for a model of this type and size ({what})")
+
+
+def published_rate(
+    config: PreTrainedConfig | None, layers: Sequence[int] | None, modules: Collection[str] | str | None
+) -> float | None:
+    """Return the paper's learning rate for a model and a place that it names.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`], *optional*):
+            The model's config.
+        layers (`Sequence[int]`, *optional*):
+            The layers that are edited, counted from 0.
+        modules (`Collection[str]` or `str`, *optional*):
+            The modules, as `target_modules` names them.
+
+    Returns:
+        `float` or `None`: The rate; `None` for all other models and places.
+    """
+    count = num_layers(config)
+    if not count or layers is None or modules is None:
+        return None
+    text = config.get_text_config(decoder=True)
+    place = list(layers), {modules} if isinstance(modules, str) else set(modules)
+    for published in _PUBLISHED:
+        shape = published.model_type, published.num_hidden_layers, published.hidden_size
+        if (text.model_type, count, getattr(text, "hidden_size", None)) == shape:
+            if _has_vocabulary(text, published.vocab_size) and place == ([published.layer], {published.module}):
+                return published.rate
+    return None
 
 
 def _default_place(model: nn.Module | PreTrainedConfig, count: int, why: str) -> Place:

@@ -92,22 +92,28 @@ class EditConfig(TrainingArguments):
             If more than 0, the change of a weight sees its inputs only behind a soft projector, in proportion to
             (C / t + I)⁻¹, where C is the second moment of the inputs, half of it on ordinary text and half on prompts,
             and t is this times the median of C's diagonal. Smaller values protect more. Folded into the adapter at the
-            end. Defaults to what the recipe says.
+            end. The soft form of AlphaEdit's projection ([arXiv 2410.02355](https://arxiv.org/abs/2410.02355), section
+            3.1). Defaults to what the recipe says.
         kl_weight (`float`, *optional*):
             If more than 0, how much a nat of divergence from what the unedited model says to other prompts and in texts
-            counts beside the loss. Defaults to what the recipe says.
+            counts beside the loss, as in learning without forgetting ([arXiv 1606.09282](https://arxiv.org/abs/1606.09282))
+            and in ROME's constrained baselines ([arXiv 2202.05262](https://arxiv.org/abs/2202.05262), appendix on
+            baselines). Defaults to what the recipe says.
         subject_focus (`float`, *optional*):
             If more than 0, by which part of their gradient, at most 1, the change learns less from the tokens beside an edit's
             subject, where its prompt does not end with a question mark: what stands in the prompts about others as well is
             then not what it learns from. ROME's keys are the subject's, too ([arXiv 2202.05262](https://arxiv.org/abs/2202.05262),
             section 3.1). Edits without a `subject` that stands in their prompt learn from all tokens. Defaults to what the
-            recipe says.
+            recipe says. The last layer learns from all tokens: nothing above it carries what it says at a subject.
         l2_weight (`float`, *optional*, defaults to `0`):
-            If more than 0, how much ‖ΔW‖² / ‖W‖², the mean over edited weights, counts beside the loss.
+            If more than 0, how much ‖ΔW‖² / ‖W‖², the mean over edited weights, counts beside the loss: weight decay
+            towards the unedited weights, as L2-SP ([arXiv 1802.01483](https://arxiv.org/abs/1802.01483)).
         max_delta (`float`, *optional*, defaults to `0`):
-            If more than 0, the largest absolute value that a number of ΔW may have (5e-4 in ROME's FT+L).
+            If more than 0, the largest absolute value that a number of ΔW may have (5e-4 in ROME's FT+L,
+            [arXiv 2202.05262](https://arxiv.org/abs/2202.05262), section 3.4).
         max_growth (`float`, *optional*, defaults to `0`):
-            If more than 0, the largest ‖ΔW‖ / ‖W‖.
+            If more than 0, the largest ‖ΔW‖ / ‖W‖, the growth of which ENCORE ([arXiv
+            2502.01636](https://arxiv.org/abs/2502.01636)) found to break long sequences of edits.
         preservation_prompts (`str` or `list[str]`, *optional*):
             What `kl_weight` asks, and a part of what `projector` protects: questions and beginnings of sentences, or a
             text file with one to a line. Defaults to what the model makes up itself: questions, and as far as the edits'

@@ -10,11 +10,13 @@ from peft_locft.evaluation import generate_greedy
 from peft_locft.preservation import anchors as anchors_file
 from peft_locft.preservation import (
     divergence,
+    load_anchors,
     make_anchors,
     sample_questions,
     sample_statements,
     sample_texts,
     samples,
+    save_anchors,
 )
 
 
@@ -43,6 +45,20 @@ def test_the_kept_probabilities_are_the_models(make_model, tokenizer):
         probable = logits.log_softmax(-1).topk(anchor.tokens.shape[1])
         assert torch.equal(probable.indices.int(), anchor.tokens)
         assert torch.allclose(probable.values, anchor.log_probs.float(), atol=1e-2)
+
+
+def test_what_is_written_is_read_back_to_the_bit(make_model, tokenizer, tmp_path):
+    anchors = make_anchors(make_model(), tokenizer, PROMPTS, TEXTS, answer_length=4, text_length=6)
+    path = tmp_path / "folder" / "anchors.safetensors"
+    assert load_anchors(path, "one") is None
+    save_anchors(anchors, path, "one")
+    assert load_anchors(path, "another") is None
+    found = load_anchors(path, "one")
+    assert len(found) == len(anchors) == 4
+    for mine, theirs in zip(found, anchors):
+        assert (mine.input_ids, mine.first) == (theirs.input_ids, theirs.first)
+        assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.log_probs, theirs.log_probs)
+        assert (mine.tokens.dtype, mine.log_probs.dtype) == (theirs.tokens.dtype, theirs.log_probs.dtype)
 
 
 ONE = torch.zeros(5, dtype=torch.long)  # five positions of one sequence

@@ -10,7 +10,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig
 from peft_locft.trainer.data import tokenize_edits
-from peft_locft.trainer.setup import automatic_learning_rate
+from peft_locft.trainer.rate import automatic_learning_rate
 
 
 def test_in_a_plain_trainer(make_model, tokenizer, edits, tmp_path):

@@ -1,6 +1,7 @@
 """Training in several contexts, and with terms that leave the rest of the model alone."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -288,6 +289,36 @@ def test_what_a_run_prepared_before_it_was_killed_is_not_made_again(
     else:
         texts = [] if "preservation_texts" in changed else ["sample_texts"]
         assert asked == ([] if is_kept else [*texts, "input_statistics", "input_statistics"])
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_the_unedited_model_says_is_asked_once_for_a_killed_run(make_trainer, monkeypatch, tmp_path, resume):
+    made, make = [], preserving.make_anchors
+    monkeypatch.setattr(
+        preserving, "make_anchors", lambda *args, **settings: made.append(1) or make(*args, **settings)
+    )
+    settings = {"kl_weight": 1.0, "save_strategy": "epoch" if resume else "no", "stop_loss": 0, **KEPT}
+    straight = make_trainer(**settings)
+    straight.train()
+    shutil.rmtree(tmp_path / "run")
+    trainer = make_trainer(**settings)
+    step = trainer.training_step
+
+    def killed(*args, **kwargs):
+        if trainer.state.global_step == 9:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    trainer.training_step = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    path = tmp_path / "run" / "preservation" / "anchors.safetensors"
+    assert path.is_file()
+    again = make_trainer(**settings)
+    again.train(resume_from_checkpoint=resume)
+    assert len(made) == 2 and not path.exists()  # two runs
+    for mine, theirs in zip(weights(again), weights(straight), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_what_is_asked_of_the_edits_is_not_held_to(make_trainer, make_model, tokenizer, monkeypatch):

@@ -158,7 +158,7 @@ model, edits, output, killed = sys.argv[1:]
 trainer = EditTrainer(
     model=model,
     args=EditConfig(output_dir=output, num_train_epochs=3, disable_tqdm=True, report_to="none", prefix_cache_memory=0,
-        per_device_eval_batch_size=2),
+        per_device_eval_batch_size=2, learning_rate=0.03),
     train_dataset=edits, peft_config=LocFTConfig(layers=[1]),
 )
 passes = []

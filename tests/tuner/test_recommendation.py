@@ -21,7 +21,7 @@ from transformers import (
 
 from peft_locft import EditConfig, EditTrainer, LocFTConfig
 from peft_locft.search.places import find_places
-from peft_locft.trainer.setup import automatic_learning_rate
+from peft_locft.trainer.rate import automatic_learning_rate
 
 
 # The last projection of the MLP, read off each architecture's source.

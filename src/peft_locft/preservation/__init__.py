@@ -1,6 +1,6 @@
 """Terms that leave the rest of the model alone: what it says, and the directions in which ordinary text lives."""
 
-from .anchors import Anchor, divergence, make_anchors
+from .anchors import Anchor, divergence, load_anchors, make_anchors, save_anchors
 from .deltas import Delta, trained_deltas
 from .focus import Focus, focused
 from .limits import LimitCallback, squared_norm
@@ -21,10 +21,12 @@ __all__ = [
     "focused",
     "input_statistics",
     "is_projected",
+    "load_anchors",
     "make_anchors",
     "sample_questions",
     "sample_statements",
     "sample_texts",
+    "save_anchors",
     "squared_norm",
     "trained_deltas",
 ]

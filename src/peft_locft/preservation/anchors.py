@@ -9,10 +9,14 @@ divergence between distributions whose outcomes were joined is never larger than
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits.tokens import encode_prompts
@@ -104,6 +108,53 @@ def make_anchors(
                 sequence, first = sequences[number]
                 anchors[number] = Anchor(sequence, first, probable.int().cpu(), some.half().cpu())
     return anchors
+
+
+def save_anchors(anchors: Sequence[Anchor], path: Path, key: str) -> None:
+    """Write anchors into a file, because asking for them takes minutes.
+
+    Args:
+        anchors (`Sequence[Anchor]`):
+            The anchors, at least one.
+        path (`Path`):
+            The file.
+        key (`str`):
+            Tells what was asked from all else.
+    """
+    numbers = [(len(anchor.input_ids), anchor.first, len(anchor.tokens)) for anchor in anchors]
+    tensors = {
+        "numbers": torch.tensor(numbers, dtype=torch.int32),
+        "input_ids": torch.tensor([token for anchor in anchors for token in anchor.input_ids], dtype=torch.int32),
+        "tokens": torch.cat([anchor.tokens for anchor in anchors]),  # (positions of all, kept)
+        "log_probs": torch.cat([anchor.log_probs for anchor in anchors]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    save_file(tensors, unfinished, metadata={"key": key})
+    os.replace(unfinished, path)
+
+
+def load_anchors(path: Path, key: str) -> list[Anchor] | None:
+    """Read anchors from a file.
+
+    Args:
+        path (`Path`):
+            The file.
+        key (`str`):
+            As it was written with.
+
+    Returns:
+        `list[Anchor]` or `None`: The anchors; `None` if there is no such file, or of another key.
+    """
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("key") != key:
+            return None
+        numbers, input_ids, tokens, log_probs = map(file.get_tensor, ("numbers", "input_ids", "tokens", "log_probs"))
+    lengths, firsts, positions = numbers.T.tolist()
+    parts = input_ids.split(lengths), firsts, tokens.split(positions), log_probs.split(positions)
+    return [Anchor(ids.tolist(), first, told, probable) for ids, first, told, probable in zip(*parts)]
 
 
 def divergence(

@@ -24,6 +24,7 @@ from .prefix_cache import build_prefix_cache
 from .preserving import preserving
 from .progress import EpochProgress
 from .publishing import PublishingTrainer
+from .rate import limited_learning_rate
 from .resting import Resting
 
 
@@ -74,6 +75,7 @@ class BreadthFirstTrainer(PublishingTrainer):
             )
             if resume_from_checkpoint:
                 self._check_projection(resume_from_checkpoint)
+            self._limit_rate()
             shortcuts = Shortcuts()
             try:
                 self._prepare_batches(stack)
@@ -113,6 +115,17 @@ class BreadthFirstTrainer(PublishingTrainer):
             # The run was killed after its last epoch: nothing is left to train, only to load.
             self.args.num_train_epochs = len(losses)
         return str(checkpoint)
+
+    def _limit_rate(self) -> None:
+        """Lower a rate that the user did not give, where it is too high; once, before anything is trained."""
+        if self._rate_factor is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return  # sharded weights have no gradients before training
+        pad_token_id = self.data_collator.pad_token_id
+        with self.compute_loss_context_manager():
+            self.args.learning_rate = limited_learning_rate(
+                self.model, self.train_dataset, self.args, self._rate_factor, pad_token_id, self._keeps_logits
+            )
+        self._rate_factor = None
 
     def _check_projection(self, checkpoint: str) -> None:
         if self._preservation.projection is not None:

@@ -24,7 +24,9 @@ from ..preservation import (
     Projection,
     focused,
     input_statistics,
+    load_anchors,
     make_anchors,
+    save_anchors,
     squared_norm,
     trained_deltas,
 )
@@ -34,7 +36,7 @@ from .augmentation import every_way, varied
 from .config import EditConfig
 from .forms import make_forms
 from .pool import TrainingPool
-from .samples import Samples
+from .samples import ANCHORS_NAME, Samples, hash_of
 
 
 _ANSWER_TOKENS, _ANCHOR_TOKENS, _STATISTICS_TOKENS = 8, 32, 512
@@ -154,6 +156,7 @@ def preserving(
             add_callback(limits)
             stack.callback(remove_callback, limits)
         yield Preservation(pool, deltas, projection, args.kl_weight, args.l2_weight, focus)
+    samples.finish()  # if there was no exception
 
 
 @contextmanager
@@ -172,16 +175,23 @@ def _anchors(
     shared = _SHARED_ANCHORS.get()
     if shared:
         return shared
-    with unedited(model):
-        anchors = make_anchors(
-            model,
-            tokenizer,
-            varied(samples.prompts, samples.chat, samples.texts, seed),
-            samples.texts,
-            answer_length=_ANSWER_TOKENS,
-            text_length=_ANCHOR_TOKENS,
-            max_length=max_length,
-        )
+    asked = varied(samples.prompts, samples.chat, samples.texts, seed)
+    path = samples.folder / ANCHORS_NAME
+    key = hash_of([*asked, *samples.texts, f"{_ANSWER_TOKENS} {_ANCHOR_TOKENS} {max_length}"])
+    anchors = load_anchors(path, key)  # an interrupted run asked for them
+    if anchors is None:
+        with unedited(model):
+            anchors = make_anchors(
+                model,
+                tokenizer,
+                asked,
+                samples.texts,
+                answer_length=_ANSWER_TOKENS,
+                text_length=_ANCHOR_TOKENS,
+                max_length=max_length,
+            )
+        if anchors and shared is None:
+            save_anchors(anchors, path, key)
     if shared is not None:
         shared += anchors
     return anchors

@@ -29,7 +29,7 @@ from .state_store import update_with
 
 
 FOLDER_NAME = "preservation"
-_SAMPLES_NAME = "samples.json"
+_SAMPLES_NAME, ANCHORS_NAME = "samples.json", "anchors.safetensors"
 _PROMPTS, _TEXTS, _TEXT_TOKENS = 1000, 512, 128
 # Where all edits are beginnings of sentences, a third of the prompts are others that the model makes up, and a third the
 # edits' own about others. The rest stay questions.
@@ -120,13 +120,13 @@ class Samples:
         """Refuse to go on with other texts than the run was begun with, of which its statistics may be."""
         given = {"contexts": self._args.contexts}
         for field, texts in self._given.items():
-            given[field] = _hash(texts) if texts else None
+            given[field] = hash_of(texts) if texts else None
         known = self._known()
         if not is_resumed:
             of = {
                 "model": _glance(self._model),
                 "tokenizer": tokenizer_fingerprint(self._tokenizer),
-                "edits": _hash(self._edits.iter_jsonl()),
+                "edits": hash_of(self._edits.iter_jsonl()),
                 "seed": self._args.seed,
             }
             if (known.get("given"), known.get("of")) != (given, of):
@@ -143,12 +143,17 @@ class Samples:
     def _forget(self) -> None:
         """Delete what another run left, which may have been of another model; not what the arguments name."""
         self._path.unlink(missing_ok=True)
+        (self.folder / ANCHORS_NAME).unlink(missing_ok=True)
         statistics = self._args.statistics
         if statistics is None or Path(statistics).resolve() != self.folder.resolve():
             (self.folder / STATISTICS_NAME).unlink(missing_ok=True)
 
     def _known(self) -> dict[str, Any]:
         return json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+
+    def finish(self) -> None:
+        """Delete what only a run that was interrupted needs again."""
+        (self.folder / ANCHORS_NAME).unlink(missing_ok=True)
 
     def _keep(self, known: dict[str, Any]) -> None:
         write_atomically(self._path, json.dumps(known, ensure_ascii=False, indent=1))
@@ -194,7 +199,8 @@ def _not_asked(prompts: Sequence[str], edits: EditSet) -> list[str]:
     return [prompt for prompt in prompts if prompt not in taken]
 
 
-def _hash(texts: Iterable[str]) -> str:
+def hash_of(texts: Iterable[str]) -> str:
+    """Return a hash of texts and their order."""
     digest = hashlib.sha256()
     for number, text in enumerate(texts):
         digest.update(("\0" * bool(number) + text).encode())

@@ -1,27 +1,20 @@
-"""What a run is made of when the user does not say: model, tokenizer, rate, batch size; and what cannot be edited."""
+"""What a run is made of when the user does not say: model, tokenizer, batch size; and what cannot be edited."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet, load_edits
-from ..preservation import focused, trained_deltas
-from ..tuner import LocFTConfig, LocFTLayer, num_layers
-from ..tuner.recommendation import published_rate
-from ..tuner.weights import base_of
 from .config import EditConfig
 from .offload import load_with_prefix_offloaded
 
 
-# Llama-3-8B's rate and the width of its down projection, and the batch (LocFT-BF, appendix on hyperparameters).
-_PAPER_RATE, _PAPER_WIDTH, _PAPER_BATCH = 5e-4, 14336, 100
-_OTHER_RATE = 2e-3
+_PAPER_BATCH = 100  # LocFT-BF, appendix on hyperparameters
 _LEAST_STEPS = 4
 
 
@@ -41,52 +34,6 @@ def automatic_batch_size(num_edits: int, parallel: int, most: int | None = None)
     """
     step = min(most or _PAPER_BATCH, max(-(-num_edits // _LEAST_STEPS), 2))
     return -(-step // parallel)
-
-
-def automatic_learning_rate(model: PeftModel, factor: float) -> float:
-    """Return the rate for a model's active adapter: the paper's where it names the model and the place, else that for
-    Llama-3-8B's width, scaled to the edited module's.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model to be trained.
-        factor (`float`):
-            The recipe's [`rate_factor`].
-
-    Returns:
-        `float`: The paper's, or 5e-4 · 14336 / (the widest input of an edited module), times the factor, for LocFT; else 2e-3.
-    """
-    config = model.active_peft_config
-    if isinstance(config, LocFTConfig) and (
-        rate := published_rate(base_of(model).config, config.layers, config.target_modules)
-    ):
-        return factor * rate
-    widths = [
-        # Fused experts, (experts, out_features, in_features), have no width of their own.
-        getattr(module, "in_features", None) or max(p.shape[-1] for p in module.parameters() if p.requires_grad)
-        for module in model.modules()
-        if isinstance(module, LocFTLayer) and any(p.requires_grad for p in module.parameters())
-    ]
-    return factor * _PAPER_RATE * _PAPER_WIDTH / max(widths) if widths else _OTHER_RATE
-
-
-def focus_share(model: PeftModel, tokenized: Dataset, args: EditConfig) -> float:
-    """Return how far all edits are learned at their subjects alone.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model to be trained.
-        tokenized ([`~datasets.Dataset`]):
-            The rows of [`tokenize_edits`].
-        args ([`EditConfig`]):
-            The training arguments.
-
-    Returns:
-        `float`: `subject_focus`, times the share of the edits whose subjects were found; 0 where no change can learn so.
-    """
-    if not focused(trained_deltas(model, "subject_focus"), num_layers(model.config)):
-        return 0.0
-    return args.subject_focus * sum(map(bool, tokenized["subject"])) / len(tokenized)
 
 
 def load_eval_edits(source: Any) -> EditSet | dict[str, EditSet] | None:

@@ -36,13 +36,12 @@ from .loss import takes_logits_to_keep
 from .offload import offload_prefix
 from .preserving import Preservation
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
+from .rate import automatic_learning_rate, focus_share
 from .recipes import MOST_EDITS, TERMS, rate_factor, recipe_config
 from .resting import Resting
 from .setup import (
     automatic_batch_size,
-    automatic_learning_rate,
     check_decoder,
-    focus_share,
     load_eval_edits,
     load_model,
     max_length,
@@ -171,10 +170,11 @@ class EditTrainer(BreadthFirstTrainer):
             check_tokenizer(model.active_peft_config, processing_class, remember=True)
         if args.offload_prefix and not hasattr(base_model, "hf_device_map"):
             offload_prefix(model, args)
+        self._rate_factor: float | None = None  # of a rate that may be too high
         if args.learning_rate is None:
             focus = focus_share(model, tokenized, args) if args.subject_focus else 0.0
-            factor = rate_factor(args.recipe, len(self.edits), focus)
-            args.learning_rate = automatic_learning_rate(model, factor)
+            self._rate_factor = rate_factor(args.recipe, len(self.edits), focus)
+            args.learning_rate = automatic_learning_rate(model, self._rate_factor)
 
         pad_token_id = processing_class.pad_token_id
         super().__init__(

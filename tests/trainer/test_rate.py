@@ -1,0 +1,92 @@
+"""The automatic rate, where the first step would be too much for the model."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.nn import functional as F
+
+from peft_locft import LocFTConfig
+from peft_locft.trainer import rate
+
+
+KEPT = {"preservation_prompts": ["What is the river of Spain?"], "preservation_texts": ["Peru is a country."]}
+
+
+def gain_by_hand(trainer, edits, tokenizer):
+    """The L1 norm of the mean loss's gradient, a weight, on one edit after the other."""
+    model = trainer.model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sums = [torch.zeros_like(parameter) for parameter in trained]
+    for edit in edits:
+        prompt = tokenizer(edit.prompt)["input_ids"]
+        target = [*tokenizer(f"{edit.prompt} {edit.target}")["input_ids"][len(prompt) :], tokenizer.eos_token_id]
+        logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        loss = F.cross_entropy(logits, torch.tensor(target)) / len(edits)
+        for some, gradient in zip(sums, torch.autograd.grad(loss, trained)):
+            some += gradient
+    return sum(some.abs().sum().item() for some in sums) / len(sums)
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+def test_a_first_step_may_do_so_much_a_weight(make_trainer, edits, tokenizer, monkeypatch, layers):
+    trainer = make_trainer(LocFTConfig(layers=layers), num_train_epochs=1)
+    by_width, gain = trainer.args.learning_rate, gain_by_hand(trainer, edits, tokenizer)
+    assert by_width == pytest.approx(5e-4 * 14336 / 128)
+    monkeypatch.setattr(rate, "_MOST_GAIN", 1.01 * by_width * gain)
+    trainer.train()
+    assert trainer.args.learning_rate == by_width
+    monkeypatch.setattr(rate, "_MOST_GAIN", 0.1 * by_width * gain)
+    trainer = make_trainer(LocFTConfig(layers=layers), num_train_epochs=2, output="other")
+    trainer.train()
+    assert trainer.args.learning_rate == pytest.approx(0.1 * by_width, rel=0.05)  # of two digits
+    found = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert found and set(found) == {trainer.args.learning_rate}
+    lowered = trainer.args.learning_rate
+    trainer.args.num_train_epochs = 3
+    trainer.train()  # on: what is trained already has another gradient
+    assert trainer.args.learning_rate == lowered
+
+
+def test_the_recipes_factor_is_beside_it(make_trainer, monkeypatch):
+    monkeypatch.setattr(rate, "_MOST_GAIN_PROJECTED", 0.2)
+    rates = []
+    for focus in (0.0, 1.0):
+        trainer = make_trainer(
+            LocFTConfig(layers=[1]),
+            recipe="careful",
+            subject_focus=focus,
+            contexts=0,
+            kl_weight=0.0,
+            output=f"run{focus}",
+            **KEPT,
+        )
+        by_width = trainer.args.learning_rate
+        trainer.train()
+        assert trainer.args.learning_rate < by_width
+        rates.append(trainer.args.learning_rate)
+    assert rates[1] == pytest.approx(1.4 * rates[0], rel=0.1)  # the edits are beginnings of sentences
+
+
+def test_what_the_user_says_and_other_adapters_rates_stay(make_trainer, monkeypatch):
+    monkeypatch.setattr(rate, "_MOST_GAIN", 1e-6)
+    for config, settings, expected in (
+        (LocFTConfig(layers=[1]), {"learning_rate": 0.02}, 0.02),
+        (LoraConfig(target_modules=["down_proj"]), {}, 2e-3),
+    ):
+        trainer = make_trainer(config, output=str(expected), **settings)
+        trainer.train()
+        assert trainer.args.learning_rate == expected
+
+
+def test_a_run_that_is_resumed_has_the_rate_that_it_had(make_trainer, monkeypatch):
+    monkeypatch.setattr(rate, "_MOST_GAIN", 0.5)
+    settings = {"save_strategy": "epoch", "stop_loss": 0}
+    straight = make_trainer(output="straight", num_train_epochs=4, **settings)
+    straight.train()
+    make_trainer(num_train_epochs=2, **settings).train()
+    resumed = make_trainer(num_train_epochs=4, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.args.learning_rate == straight.args.learning_rate
+    assert straight.args.learning_rate < 0.05 < 5e-4 * 14336 / 128
+    pairs = zip(*([p for p in trainer.model.parameters() if p.requires_grad] for trainer in (straight, resumed)))
+    assert all(torch.equal(*pair) for pair in pairs)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from peft_locft import LocFTConfig
-from peft_locft.preservation import LimitCallback, squared_norm, trained_deltas
+from peft_locft import EditConfig, EditTrainer, LocFTConfig
+from peft_locft.preservation import LimitCallback, check_norms, squared_norm, trained_deltas
 
 
 CONFIGS = {
@@ -94,6 +94,18 @@ def test_the_change_grows_no_further_than_its_limit(peft_model):
 
 def test_a_weight_that_is_all_zero_has_no_relative_size(peft_model):
     deltas = trained_deltas(peft_model, "l2_weight")
+    check_norms(deltas)
+    del deltas[0].base_norm  # which is computed once
     torch.nn.init.zeros_(deltas[0].layer.get_base_layer().weight)
     with pytest.raises(ValueError, match="the weight of model.layers.1.mlp.up_proj is all zero, expected one that a"):
-        squared_norm(deltas)
+        check_norms(deltas)
+
+
+@pytest.mark.parametrize("term", ["l2_weight", "max_growth"])
+def test_a_weight_that_is_all_zero_is_told_before_training(make_model, tokenizer, edits, tmp_path, term):
+    model = make_model()
+    torch.nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)
+    args = EditConfig(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, **{term: 0.5})
+    trainer = EditTrainer(model, args, edits, processing_class=tokenizer, peft_config=LocFTConfig(layers=[1]))
+    with pytest.raises(ValueError, match="the weight of model.layers.1.mlp.down_proj is all zero"):
+        trainer.train()

@@ -3,7 +3,7 @@
 from .anchors import Anchor, divergence, load_anchors, make_anchors, save_anchors
 from .deltas import Delta, trained_deltas
 from .focus import Focus, focused
-from .limits import LimitCallback, squared_norm
+from .limits import LimitCallback, check_norms, squared_norm
 from .projector import Projection, is_projected
 from .samples import sample_questions, sample_statements, sample_texts
 from .statistics import STATISTICS_NAME, InputStatistics, input_statistics
@@ -17,6 +17,7 @@ __all__ = [
     "InputStatistics",
     "LimitCallback",
     "Projection",
+    "check_norms",
     "divergence",
     "focused",
     "input_statistics",

@@ -47,18 +47,8 @@ class Delta:
 
     @cached_property
     def base_norm(self) -> torch.Tensor:
-        """‖W‖, the Frobenius norm of the base model's weight, dequantised if it is (`torch.Tensor`, a scalar).
-
-        Raises:
-            `ValueError`: If it is 0: a change has no size relative to that.
-        """
-        norm = self.base_weight().norm()
-        if not norm:
-            raise ValueError(
-                f"the weight of {self.name} is all zero, expected one that a change can be measured against: turn `l2_weight` and "
-                "`max_growth` off, or leave that module out"
-            )
-        return norm
+        """‖W‖, the Frobenius norm of the base model's weight, dequantised if it is (`torch.Tensor`, a scalar)."""
+        return self.base_weight().norm()
 
     def base_weight(self) -> torch.Tensor:
         """Return W, the base model's weight, dequantised if it is (`torch.Tensor` of shape (out_features, in_features))."""

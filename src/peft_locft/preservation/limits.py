@@ -23,6 +23,24 @@ def squared_norm(deltas: Sequence[Delta]) -> torch.Tensor:
     return torch.stack([delta.weight().float().square().sum() / delta.base_norm**2 for delta in deltas]).mean()
 
 
+def check_norms(deltas: Sequence[Delta]) -> None:
+    """Refuse weights that a change has no size relative to.
+
+    Args:
+        deltas (`Sequence[Delta]`):
+            What is trained.
+
+    Raises:
+        `ValueError`: If a weight is all zero.
+    """
+    for delta in deltas:
+        if not delta.base_norm:
+            raise ValueError(
+                f"the weight of {delta.name} is all zero, expected one that a change can be measured against: turn `l2_weight` and "
+                "`max_growth` off, or leave that module out"
+            )
+
+
 class LimitCallback(TrainerCallback):
     """Put deltas back within their limits after every step.
 

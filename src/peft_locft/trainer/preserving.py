@@ -22,6 +22,7 @@ from ..preservation import (
     InputStatistics,
     LimitCallback,
     Projection,
+    check_norms,
     focused,
     input_statistics,
     load_anchors,
@@ -126,6 +127,8 @@ def preserving(
         name for name in ("projector", "subject_focus", "l2_weight", "max_delta", "max_growth") if getattr(args, name)
     ]:
         deltas = trained_deltas(model, asked[0])  # first, because all else takes minutes
+        if args.l2_weight or args.max_growth:
+            check_norms(deltas)
     samples = Samples(model, tokenizer, edits, args, is_resumed)
     focus = None
     if args.subject_focus and (at_subjects := focused(deltas, num_layers(model.config))):

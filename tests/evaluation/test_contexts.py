@@ -102,7 +102,8 @@ def test_scores_by_context_are_those_of_each_context_alone(trained, edits, chatt
     mean = (alone["bare"].after["reliability"] + alone["chat"].after["reliability"]) / 2
     assert metrics["eval_reliability"] == pytest.approx(mean)
     answers = {row["prompt"]: row["after"] for row in results.rows}
-    asked = [Question("x", "reliability", in_context(edits[0].prompt, "chat", "<user>{the prompt}\n<assistant>"), "y")]
+    prompt = in_context(edits[0].prompt, "chat", "<user>{the prompt}\n<assistant>")
+    asked = [Question("x", "reliability", prompt, edits[0].target)]  # whose length is that of what is looked at
     (answer,) = ask(trained.model, chatty, asked)
     assert [text for prompt, text in answers.items() if prompt.endswith(asked[0].prompt)] == [answer.text]
 

@@ -102,10 +102,11 @@ def test_scores_by_context_are_those_of_each_context_alone(trained, edits, chatt
     mean = (alone["bare"].after["reliability"] + alone["chat"].after["reliability"]) / 2
     assert metrics["eval_reliability"] == pytest.approx(mean)
     answers = {row["prompt"]: row["after"] for row in results.rows}
-    prompt = in_context(edits[0].prompt, "chat", "<user>{the prompt}\n<assistant>")
+    # As the template has it, with the token that a text begins with, which this tokenizer leaves out.
+    prompt = chatty.bos_token + in_context(edits[0].prompt, "chat", "<user>{the prompt}\n<assistant>")
     asked = [Question("x", "reliability", prompt, edits[0].target)]  # whose length is that of what is looked at
     (answer,) = ask(trained.model, chatty, asked)
-    assert [text for prompt, text in answers.items() if prompt.endswith(asked[0].prompt)] == [answer.text]
+    assert answers[prompt] == answer.text
 
 
 def test_a_second_evaluation_in_other_contexts_asks_the_unedited_model_anew(trained, edits):

@@ -55,8 +55,8 @@ VARIANTS = {
 }
 
 
-# Within so many pixels of each other, across and up, names would lie on each other.
-_NEAR = (36, 16)
+# Within so many pixels of each other, up and across for each letter, names would lie on each other.
+_NEAR, _LETTER = 9, 6
 # Asked about each edit's subject, though no edit is about that: how often is the new answer given all the same?
 _OTHER_QUESTIONS = ("How old is {}?", "Who likes {}?", "What colour is {}?", "What do people say about {}?")
 
@@ -252,17 +252,30 @@ def plot(found: dict[str, dict], path: Path) -> None:
         read.set_yticks(ticks, [f"{tick - 1:+.0%}" for tick in ticks])
     figure.draw_without_rendering()  # so that places in pixels are known
     for axes, _, values in panels:
-        labels: dict[tuple[float, float], list[str]] = {}  # those whose names would lie on each other share one
-        points = list(zip(gained, values))
-        for number, (point, pixels) in enumerate(zip(points, axes.transData.transform(points)), 1):
-            near = (other for other in labels if (abs(axes.transData.transform(other) - pixels) < _NEAR).all())
-            labels.setdefault(next(near, point), []).append(str(number))
-        for point, numbers in labels.items():
-            axes.annotate(", ".join(numbers), point, textcoords="offset points", xytext=(4, 3), fontsize=8)
+        number_points(axes, list(zip(gained, values)))
     names.axis("off")
     lines = [f"{number}  {row['variant']}" for number, row in enumerate(rows, 1)]
     names.text(0, 1, "\n".join(lines), va="top", fontsize=9, linespacing=1.5)
     figure.savefig(path, dpi=110)
+
+
+def number_points(axes, points: list[tuple[float, float]]) -> None:
+    """Write numbers to the right of points; those that would lie on each other share one place."""
+    labels: list[tuple[float, float, tuple[float, float], list[int]]] = []
+    placed = sorted((*pixels, number) for number, pixels in enumerate(axes.transData.transform(points), 1))
+    for x, y, number in placed:
+        near = (
+            numbers
+            for left, level, _, numbers in labels
+            if abs(level - y) < _NEAR and x - left < _LETTER * len(f"{numbers}")
+        )
+        if (numbers := next(near, None)) is not None:
+            numbers.append(number)
+        else:
+            labels.append((x, y, points[number - 1], [number]))
+    for _, _, point, numbers in labels:
+        text = ", ".join(map(str, sorted(numbers)))
+        axes.annotate(text, point, textcoords="offset points", xytext=(4, 3), fontsize=8)
 
 
 if __name__ == "__main__":

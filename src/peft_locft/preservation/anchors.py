@@ -9,20 +9,18 @@ divergence between distributions whose outcomes were joined is never larger than
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits.tokens import encode_prompts
 from ..evaluation import generate_greedy
 from ..tuner.temporary import evaluating
-from .statistics import padded
+from .statistics import padded, save_whole
 
 
 _KEPT = 64
@@ -128,10 +126,7 @@ def save_anchors(anchors: Sequence[Anchor], path: Path, key: str) -> None:
         "tokens": torch.cat([anchor.tokens for anchor in anchors]),  # (positions of all, kept)
         "log_probs": torch.cat([anchor.log_probs for anchor in anchors]),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    save_file(tensors, unfinished, metadata={"key": key})
-    os.replace(unfinished, path)
+    save_whole(tensors, path, {"key": key})
 
 
 def load_anchors(path: Path, key: str) -> list[Anchor] | None:

@@ -54,11 +54,7 @@ class InputStatistics(Mapping[str, torch.Tensor]):
             folder (`str` or `os.PathLike`):
                 The folder.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder) / STATISTICS_NAME
-        unfinished = path.with_suffix(".part")
-        save_file(self._moments, unfinished, metadata={"tokens": json.dumps(self.tokens)})
-        os.replace(unfinished, path)
+        save_whole(self._moments, Path(folder) / STATISTICS_NAME, {"tokens": json.dumps(self.tokens)})
 
     @classmethod
     def load(cls, source: str | os.PathLike) -> InputStatistics:
@@ -159,6 +155,23 @@ def input_statistics(
             handle.remove()
     tokens = sum(map(len, encoded))
     return InputStatistics({name: (moment / tokens).cpu() for name, moment in sums.items()}, tokens)
+
+
+def save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors into a file so that a reader, or a run killed halfway, sees the old one or the new, never a part.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`):
+            The tensors.
+        path (`Path`):
+            The file. Its folder is made if it is missing.
+        metadata (`dict[str, str]`):
+            What is said about them.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    save_file(tensors, unfinished, metadata=metadata)
+    os.replace(unfinished, path)
 
 
 class _Enough(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..edits import Edit
 from ..edits.contexts import in_context
@@ -184,6 +184,22 @@ def scored_prompts(edit: Edit) -> tuple[str, ...]:
         `tuple[str, ...]`: Its rephrases, and the prompts of its probes.
     """
     return (*edit.rephrases, *(probe.prompt for probe in (*edit.locality, *edit.portability)))
+
+
+def without_edits(prompts: Iterable[str], edits: Iterable[Edit]) -> list[str]:
+    """Return the prompts that are neither the edits' nor asked when these are scored.
+
+    Args:
+        prompts (`Iterable[str]`):
+            The prompts.
+        edits (`Iterable[Edit]`):
+            The edits.
+
+    Returns:
+        `list[str]`: Some of them, in order.
+    """
+    taken = {text for edit in edits for text in (edit.prompt, *edit.train_rephrases, *scored_prompts(edit))}
+    return [prompt for prompt in prompts if prompt not in taken]
 
 
 def subject_place(edit: Edit) -> range | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from ..edits import EditSet
-from .augmentation import is_question, scored_prompts, subject_place
+from .augmentation import is_question, subject_place, without_edits
 
 
 # Names of two words and more, within a sentence: what stands at its beginning may be no name.
@@ -37,9 +37,6 @@ def neighbours(edits: EditSet, texts: Sequence[str], count: int, seed: int) -> l
     mentioned = dict.fromkeys(name for text in texts for name in _NAME.findall(text))
     names = [name for name in mentioned if name not in subjects]
     choice = random.Random(seed)
-    taken = set()
-    for edit in edits:
-        taken.update((edit.prompt, *edit.train_rephrases, *scored_prompts(edit)))
     begun = [(edit.prompt, place) for edit in edits if not is_question(edit.prompt) and (place := subject_place(edit))]
     found: dict[str, None] = {}
     if not names or not begun:
@@ -48,4 +45,4 @@ def neighbours(edits: EditSet, texts: Sequence[str], count: int, seed: int) -> l
     for number in range(count):
         prompt, place = begun[number % len(begun)]
         found[prompt[: place.start] + choice.choice(names) + prompt[place.stop :]] = None
-    return [prompt for prompt in found if prompt not in taken]
+    return without_edits(found, edits)

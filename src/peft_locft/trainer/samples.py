@@ -21,7 +21,7 @@ from ..edits.contexts import chat_form
 from ..preservation import STATISTICS_NAME, sample_questions, sample_statements, sample_texts
 from ..tuner.fingerprint import tokenizer_fingerprint
 from ..tuner.temporary import unedited
-from .augmentation import is_question, scored_prompts
+from .augmentation import is_question, without_edits
 from .config import EditConfig
 from .neighbours import neighbours
 from .precision import multiplies_bfloat16, rounded
@@ -81,7 +81,7 @@ class Samples:
         given = self._given["preservation_prompts"]
         if not given:
             return _own_prompts(self._said, self._counts, self._edits, self.texts, self._args.seed)
-        kept = _not_asked(given, self._edits)
+        kept = without_edits(given, self._edits)
         if len(kept) < len(given):
             warnings.warn(
                 f"{len(given) - len(kept)} of the {len(given)} `preservation_prompts` are left out: they are prompts of the edits, or "
@@ -190,13 +190,7 @@ def _own_prompts(
 ) -> list[str]:
     """Return what to be held to, where the user gives no prompts."""
     others = neighbours(edits, texts, counts["neighbours"], seed)
-    return _not_asked([*say("questions"), *say("statements"), *others], edits)
-
-
-def _not_asked(prompts: Sequence[str], edits: EditSet) -> list[str]:
-    """Return the prompts that are neither the edits' nor asked when these are scored."""
-    taken = {text for edit in edits for text in (edit.prompt, *edit.train_rephrases, *scored_prompts(edit))}
-    return [prompt for prompt in prompts if prompt not in taken]
+    return [*without_edits([*say("questions"), *say("statements")], edits), *others]
 
 
 def hash_of(texts: Iterable[str]) -> str:

@@ -75,7 +75,6 @@ class BreadthFirstTrainer(PublishingTrainer):
             )
             if resume_from_checkpoint:
                 self._check_projection(resume_from_checkpoint)
-            self._limit_rate()
             shortcuts = Shortcuts()
             try:
                 self._prepare_batches(stack)
@@ -123,7 +122,13 @@ class BreadthFirstTrainer(PublishingTrainer):
         pad_token_id = self.data_collator.pad_token_id
         with self.compute_loss_context_manager():
             self.args.learning_rate = limited_learning_rate(
-                self.model, self.train_dataset, self.args, self._rate_factor, pad_token_id, self._keeps_logits
+                self.model,
+                self.train_dataset,
+                self.args,
+                self._rate_factor,
+                pad_token_id,
+                self._keeps_logits,
+                self._shortcuts,
             )
         self._rate_factor = None
 
@@ -152,6 +157,7 @@ class BreadthFirstTrainer(PublishingTrainer):
         collator.resting = self.resting.now if self.args.recheck_epochs else None
         collator.pool = self._preservation.pool
         collator.focus = self.args.subject_focus if self._preservation.focus is not None else 0.0
+        self._limit_rate()
         if dtype is not None:
             below = shortcuts.cache.prefix.below if shortcuts.cache is not None else []
             stack.enter_context(frozen_weights_in(dtype, model, below))

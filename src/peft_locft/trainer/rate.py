@@ -13,6 +13,7 @@ from ..tuner.temporary import evaluating
 from ..tuner.weights import base_of
 from .batches import EditCollator
 from .config import EditConfig
+from .exactness import Shortcuts
 from .loss import edit_losses
 
 
@@ -77,7 +78,13 @@ def _published(model: PeftModel) -> float | None:
 
 
 def limited_learning_rate(
-    model: PeftModel, tokenized: Dataset, args: EditConfig, factor: float, pad_token_id: int, keeps_logits: bool
+    model: PeftModel,
+    tokenized: Dataset,
+    args: EditConfig,
+    factor: float,
+    pad_token_id: int,
+    keeps_logits: bool,
+    shortcuts: Shortcuts,
 ) -> float:
     """Return the automatic rate of a LocFT adapter, or less where a first step by it would be too much for the model.
 
@@ -97,20 +104,24 @@ def limited_learning_rate(
             What stands in the padding.
         keeps_logits (`bool`):
             Whether the model takes `logits_to_keep`.
+        shortcuts ([`Shortcuts`]):
+            Those with which its losses are exact.
 
     Returns:
         `float`: The rate. One that is lowered has two digits, because hardware rounds differently.
     """
     if not isinstance(model.active_peft_config, LocFTConfig) or _published(model) is not None:
         return args.learning_rate
-    collator, count = EditCollator(pad_token_id), min(len(tokenized), _TRIED)
+    collator = EditCollator(pad_token_id, shortcuts.packed, shortcuts.cache)
+    count = min(len(tokenized), _TRIED)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sums: list[torch.Tensor | float] = [0.0] * len(trained)
     with evaluating(model), torch.enable_grad():
         for begin in range(0, count, args.per_device_train_batch_size):
             rows = [tokenized[row] for row in range(begin, min(begin + args.per_device_train_batch_size, count))]
             batch = {name: value.to(model.device) for name, value in collator(rows).items()}
-            loss = edit_losses(model, batch, keeps_logits).per_edit.sum() / count
+            with shortcuts.taken(batch):
+                loss = edit_losses(model, batch, keeps_logits).per_edit.sum() / count
             found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
             sums = [some + more for some, more in zip(sums, found)]
     gain = sum(gradient.abs().sum(dtype=torch.float32).item() for gradient in sums) / len(sums)

@@ -1,17 +1,13 @@
 """The forms that an edit is trained in beside its bare prompt."""
 
 import pytest
+from preserved import KEPT, TEXTS
 
 from peft_locft import Edit, EditConfig, EditSet
 from peft_locft.edits.contexts import chat_form
 from peft_locft.trainer import augmentation
 from peft_locft.trainer.augmentation import contexts_of, drawn_form, every_way, is_question, varied
 from peft_locft.trainer.forms import make_forms
-
-
-TEXTS = ["Peru is a country. Its people speak many tongues.", "Norway lies in the north of Europe, and Oslo too."]
-QUESTIONS = ["What is the river of Spain?", "Who was the king of Norway?", "Where is Cuba?"]
-KEPT = {"preservation_prompts": QUESTIONS, "preservation_texts": TEXTS}
 
 
 def test_an_epoch_visits_every_edit_once_in_one_of_its_forms(make_trainer, tokenizer, edits):

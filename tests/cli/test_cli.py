@@ -132,6 +132,17 @@ def test_edit_prints_scores_and_answers(edited):
     assert edited.done.out.rstrip().endswith("are in capitals.")
 
 
+def test_edit_says_why_it_chose_the_place(command, edited, model_folder, tmp_path):
+    arguments = ["--model", model_folder, "--edits", edited.edits, "--output", "default", "--num_train_epochs", 1]
+    done = command("edit", *arguments)
+    assert done.code == 0, done.err
+    settings = summary(tmp_path / "default")["settings"]
+    assert f"\nEdited layer 1, mlp.down_proj: {settings['reason']}.\nTrained 1 epochs" in done.out
+    assert settings["reason"].startswith("the paper names no place for a model of this type and size")
+    assert settings["recipe"] == "paper" and "| recipe | paper |" in (tmp_path / "default" / "README.md").read_text()
+    assert "Edited layer" not in edited.done.out and summary(edited.folder)["settings"]["reason"] is None
+
+
 def test_edit_with_options_from_a_file(command, edited, model_folder, tmp_path):
     lines = [f"model: {model_folder}", f"edits: {edited.edits}", "output: not-this-one", "layers: [1]"]
     (tmp_path / "run.yaml").write_text("\n".join(lines))

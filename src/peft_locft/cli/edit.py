@@ -75,7 +75,10 @@ def main(arguments: list[str]) -> None:
     trainer.evaluate()
     trainer.save_model()
     print_results(trainer.results)
+    settings = trainer.results.settings
+    if settings["reason"]:
+        print(f"Edited layer {settings['layers'][0]}, {settings['target_modules'][0]}: {settings['reason']}.")
     print(
-        f"Trained {trainer.results.settings['epochs']} epochs in {trainer.results.times['train']:.0f} s. "
+        f"Trained {settings['epochs']} epochs in {trainer.results.times['train']:.0f} s. "
         f"The adapter, its ledger, card and results are in {options.output}."
     )

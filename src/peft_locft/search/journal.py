@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..edits import write_atomically
-from ..trainer.state_store import update_with
 from .results import Trial
 
 
@@ -81,22 +76,3 @@ def _header(line: str) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, dict) else None
-
-
-@torch.no_grad()
-def model_hash(model: nn.Module) -> str:
-    """Return a hash of all weights of a model and of their names.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-
-    Returns:
-        `str`: 64 hexadecimal digits. Of a weight that accelerate has offloaded to disk, the name and shape count.
-    """
-    digest = hashlib.sha256()
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        if value.device.type != "meta":
-            update_with(digest, value)
-    return digest.hexdigest()

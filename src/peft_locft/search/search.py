@@ -23,9 +23,10 @@ from ..edits.tokens import load_tokenizer
 from ..trainer import EditConfig
 from ..trainer.samples import fill_samples, read_texts
 from ..trainer.setup import check_decoder, load_model
+from ..trainer.state_store import weights_hash
 from ..tuner.fingerprint import tokenizer_fingerprint
 from ..tuner.temporary import evaluating, trained_as_before
-from .journal import JOURNAL_NAME, Journal, model_hash
+from .journal import JOURNAL_NAME, Journal
 from .places import GROUPS, find_places
 from .results import SearchResults
 from .rungs import plan_rungs
@@ -136,7 +137,8 @@ def search_locations(
     with ExitStack() as stack:
         journal = None
         if output_dir is not None:
-            identity = {"model": model_hash(model), "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
+            weights = weights_hash([*model.named_parameters(), *model.named_buffers()])
+            identity = {"model": weights, "tokenizer": tokenizer_fingerprint(tokenizer), **settings}
             journal = Journal(Path(output_dir) / JOURNAL_NAME, identity)
         # For states that are too many for the memory. A search that was killed may have left it.
         work = Path(output_dir) / _WORK_NAME if output_dir is not None else Path(tempfile.mkdtemp())

@@ -25,7 +25,7 @@ from .augmentation import is_question, without_edits
 from .config import EditConfig
 from .neighbours import neighbours
 from .precision import multiplies_bfloat16, rounded
-from .state_store import update_with
+from .state_store import weights_hash
 
 
 FOLDER_NAME = "preservation"
@@ -202,15 +202,9 @@ def hash_of(texts: Iterable[str]) -> str:
 
 
 def _glance(model: PeftModel) -> str:
-    """Return a hash of some numbers of each weight that is not trained."""
-    digest = hashlib.sha256()
-    for name, value in model.get_base_model().named_parameters():
-        if not value.requires_grad:
-            name = name.replace(".base_layer.", ".")  # as it is called wherever the adapter is
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            if value.device.type != "meta":
-                update_with(digest, value.detach().reshape(-1)[:_GLANCE])
-    return digest.hexdigest()
+    """Return a hash of some numbers of each weight that is not trained, called as it is wherever the adapter is."""
+    frozen = (weight for weight in model.get_base_model().named_parameters() if not weight[1].requires_grad)
+    return weights_hash(((name.replace(".base_layer.", "."), value) for name, value in frozen), _GLANCE)
 
 
 def _sampling_fast(model: PreTrainedModel | PeftModel) -> AbstractContextManager:

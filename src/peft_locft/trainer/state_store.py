@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -161,19 +162,33 @@ def prefix_key(model: PeftModel, first: nn.Module, dataset: Dataset) -> str:
         if above or value.requires_grad:
             continue
         digest.update(name.encode())
-        update_with(digest, _value(base, name, value))
+        _update_with(digest, _value(base, name, value))
     return digest.hexdigest()
 
 
-def update_with(digest: Any, value: torch.Tensor) -> None:
-    """Add a tensor's bytes to a hash, in pieces, so that a large weight is not copied whole.
+@torch.no_grad()
+def weights_hash(weights: Iterable[tuple[str, torch.Tensor]], count: int | None = None) -> str:
+    """Return a hash of weights, and of their names, shapes and dtypes.
 
     Args:
-        digest (`hashlib._Hash`):
-            The hash.
-        value (`torch.Tensor`):
-            The tensor.
+        weights (`Iterable[tuple[str, torch.Tensor]]`):
+            Names and weights. Of one that accelerate has offloaded to disk, its values do not count.
+        count (`int`, *optional*):
+            How many values of each weight count, from its first. Defaults to all.
+
+    Returns:
+        `str`: 64 hexadecimal digits.
     """
+    digest = hashlib.sha256()
+    for name, value in weights:
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        if value.device.type != "meta":
+            _update_with(digest, value.reshape(-1)[:count])
+    return digest.hexdigest()
+
+
+def _update_with(digest: Any, value: torch.Tensor) -> None:
+    """Add a tensor's bytes to a hash, in pieces, so that a large weight is not copied whole."""
     for piece in value.detach().reshape(-1).split(_PIECE):
         digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
 

@@ -273,6 +273,8 @@ class EditTrainer(BreadthFirstTrainer):
             "peft_type": getattr(config.peft_type, "value", config.peft_type),
             "layers": getattr(config, "layers_to_transform", None),
             "target_modules": sorted(targets) if isinstance(targets, (set, list)) else targets,
+            "reason": getattr(config, "reason", None),
+            "recipe": self.args.recipe,
             "learning_rate": self.args.learning_rate,
             "batch_size": self.args.per_device_train_batch_size
             * self.args.gradient_accumulation_steps

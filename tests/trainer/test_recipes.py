@@ -35,6 +35,28 @@ def test_a_field_of_the_users_wins_over_the_recipe(tmp_path):
     assert (args.kl_weight, args.num_train_epochs, args.contexts) == (0.0, 3, RECIPES["careful"]["contexts"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "num_edits", "epochs"),
+    [
+        ({"recipe": "careful"}, 8, 60),  # in steps of 2
+        ({"recipe": "careful"}, 5, 80),
+        ({"recipe": "careful"}, 1, 240),
+        ({"recipe": "careful", "per_device_train_batch_size": 8}, 8, 240),
+        ({"recipe": "careful", "num_train_epochs": 60}, 5, 60),
+        ({"recipe": "careful", "num_train_epochs": 3}, 5, 3),
+        ({}, 5, 25),
+    ],
+)
+def test_careful_takes_steps_enough_for_few_edits(make_model, tokenizer, edits, tmp_path, settings, num_edits, epochs):
+    args = EditConfig(output_dir=str(tmp_path / "run"), report_to="none", **settings)
+    assert (
+        EditTrainer(make_model(), args, edits[:num_edits], processing_class=tokenizer).args.num_train_epochs == epochs
+    )
+    later = EditConfig(output_dir=str(tmp_path / "run"), report_to="none", **settings)
+    later.num_train_epochs = 4
+    assert EditTrainer(make_model(), later, edits[:num_edits], processing_class=tokenizer).args.num_train_epochs == 4
+
+
 def test_an_unknown_recipe_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`recipe` is 'bold', expected one of 'paper', 'careful', 'locaedit'"):
         EditConfig(output_dir=str(tmp_path), recipe="bold")

@@ -22,6 +22,19 @@ from .augmentation import scored_prompts
 _RUN_FILES = ("adapter_config.json", "adapter_model.safetensors", "edit_results.json", LEDGER_NAME)
 
 
+def step_size(args: TrainingArguments) -> int:
+    """Return how many edits make a step.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The arguments.
+
+    Returns:
+        `int`: The edits of all devices and accumulation steps together.
+    """
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
+
+
 def check_breadth_first(args: TrainingArguments, num_edits: int) -> None:
     """Refuse arguments under which an epoch would not visit every edit once, in shuffled mini-batches.
 
@@ -34,7 +47,7 @@ def check_breadth_first(args: TrainingArguments, num_edits: int) -> None:
     Raises:
         `ValueError`: Naming everything that defeats breadth-first training.
     """
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
+    batch = step_size(args)
     steps = -(-num_edits // batch)
     faults = []
     if batch == 1 and num_edits > 1:

@@ -152,7 +152,8 @@ class EditConfig(TrainingArguments):
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `per_device_train_batch_size`: Defaults to an automatic size of at most 100 instead of `8`.
     > - `per_device_eval_batch_size`: Defaults to `32` instead of `8`.
-    > - `num_train_epochs`: Defaults to what the recipe says, which is `25` for the paper's, instead of `3`.
+    > - `num_train_epochs`: Defaults to what the recipe says, which is `25` for the paper's, and for `"careful"` `60` or as
+    >   many as make 240 steps, instead of `3`.
     > - `learning_rate`: Defaults to an automatic rate instead of `5e-5`.
     > - `lr_scheduler_type`: Defaults to what the recipe says, which is `"constant"` for the paper's, instead of `"linear"`.
     > - `max_grad_norm`: Defaults to `0` (no clipping) instead of `1`.
@@ -278,6 +279,8 @@ class EditConfig(TrainingArguments):
     def __post_init__(self):
         if self.recipe not in RECIPES:
             raise ValueError(f"`recipe` is {self.recipe!r}, expected one of {', '.join(map(repr, RECIPES))}")
+        # With few edits more, unless somebody sets others.
+        self._recipe_epochs = RECIPES[self.recipe]["num_train_epochs"] if self.num_train_epochs is None else None
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

@@ -44,6 +44,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 _RATE_FACTORS, _RATE_EDITS = {"careful": 0.55}, 100
 _FOCUSED_RATE = 1.4
 MOST_EDITS = {"careful": 25}
+# What 100 edits have in 60 epochs. With 5 edits, which make 3 steps an epoch, 180 were too few (docs/log.md).
+_LEAST_STEPS = {"careful": 240}
 # Those that change what is learned, and are told with the results where they are on.
 TERMS = ("contexts", "margin", "projector", "kl_weight", "subject_focus", "l2_weight", "max_delta", "max_growth")
 # About the early peak of generalization that the paper's search found, layers 3 to 8 of 32 (section 4.2). On SmolLM2-135M,
@@ -140,6 +142,24 @@ def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float
         return 1.0
     by_focus = 1 + (_FOCUSED_RATE - 1) * focus
     return _RATE_FACTORS[recipe] * by_focus * min(_RATE_EDITS / num_edits, 1.0) ** (1 / 3)
+
+
+def least_epochs(recipe: str, num_edits: int, step: int) -> int:
+    """Return how many epochs a recipe trains at least where the user does not say, so that few edits have steps enough.
+
+    Args:
+        recipe (`str`):
+            One of `RECIPES`.
+        num_edits (`int`):
+            How many edits there are.
+        step (`int`):
+            How many of them make a step.
+
+    Returns:
+        `int`: The epochs of the recipe, and for `"careful"` as many as make 240 steps, if these are more.
+    """
+    steps = -(-num_edits // step)
+    return max(RECIPES[recipe]["num_train_epochs"], -(-_LEAST_STEPS.get(recipe, 0) // steps))
 
 
 def careful_layers(count: int) -> list[int]:

@@ -28,7 +28,7 @@ from ..tuner import LocFTConfig, check_tokenizer
 from ..tuner.weights import base_of
 from .batches import EditCollator
 from .breadth_first import BreadthFirstTrainer
-from .checks import check_breadth_first, describe_taught
+from .checks import check_breadth_first, describe_taught, step_size
 from .config import EditConfig
 from .data import tokenize_edits
 from .exactness import Shortcuts
@@ -37,7 +37,7 @@ from .offload import offload_prefix
 from .preserving import Preservation
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
 from .rate import automatic_learning_rate, focus_share
-from .recipes import MOST_EDITS, TERMS, rate_factor, recipe_config
+from .recipes import MOST_EDITS, TERMS, least_epochs, rate_factor, recipe_config
 from .resting import Resting
 from .setup import (
     automatic_batch_size,
@@ -127,6 +127,8 @@ class EditTrainer(BreadthFirstTrainer):
             most = MOST_EDITS.get(args.recipe)
             args.per_device_train_batch_size = automatic_batch_size(len(self.edits), parallel, most)
         check_breadth_first(args, len(self.edits))
+        if args.num_train_epochs == args._recipe_epochs:
+            args.num_train_epochs = least_epochs(args.recipe, len(self.edits), step_size(args))
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False  # or else torch warns that there is nothing to pin for
         if isinstance(model, PeftModel) and peft_config is not None:

@@ -233,7 +233,7 @@ def plot(found: dict[str, dict], path: Path) -> None:
 
     before = found["unedited"]["scores"]["perplexity"]
     rows = [row for name, row in found.items() if name != "unedited"]
-    figure = Figure(figsize=(14, 5), layout="constrained")
+    figure = Figure(figsize=(14, 7), layout="constrained")
     kept, read, names = figure.subplots(1, 3, width_ratios=[3, 3, 2])
     panels = [
         (kept, "locality", [row["scores"]["locality"] for row in rows]),

@@ -278,9 +278,7 @@ class EditTrainer(BreadthFirstTrainer):
             "reason": getattr(config, "reason", None),
             "recipe": self.args.recipe,
             "learning_rate": self.args.learning_rate,
-            "batch_size": self.args.per_device_train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.args.world_size,
+            "batch_size": step_size(self.args),
             "max_epochs": self.args.num_train_epochs,
             "epochs": round(self.state.epoch or 0),
             "skip_loss": self.args.skip_loss,

@@ -32,6 +32,7 @@ def test_a_first_step_may_do_so_much_a_weight(make_trainer, edits, tokenizer, mo
     trainer = make_trainer(LocFTConfig(layers=layers), num_train_epochs=1)
     by_width, gain = trainer.args.learning_rate, gain_by_hand(trainer, edits, tokenizer)
     assert by_width == pytest.approx(5e-4 * 14336 / 128)
+    gain /= (25 / len(edits)) ** 0.5  # what so few may have more than 25
     monkeypatch.setattr(rate, "_MOST_GAIN", 1.01 * by_width * gain)
     trainer.train()
     assert trainer.args.learning_rate == by_width
@@ -47,8 +48,23 @@ def test_a_first_step_may_do_so_much_a_weight(make_trainer, edits, tokenizer, mo
     assert trainer.args.learning_rate == lowered
 
 
+def test_careful_trains_few_edits_at_a_lower_rate_of_which_the_gain_is_the_firsts(
+    make_trainer, edits, tokenizer, monkeypatch
+):
+    settings = {"recipe": "careful", "contexts": 0, "kl_weight": 0.0, "projector": 0.0, "subject_focus": 0.0}
+    trainer = make_trainer(LocFTConfig(layers=[1]), num_train_epochs=1, **settings)
+    by_number, gain = trainer.args.learning_rate, gain_by_hand(trainer, edits, tokenizer)
+    assert by_number == pytest.approx(0.55 * (8 / 25) ** (1 / 3) * 5e-4 * 14336 / 128)
+    gain /= (25 / len(edits)) ** 0.5
+    for allowed in (1.01, 0.5):
+        monkeypatch.setattr(rate, "_MOST_GAIN", allowed * by_number * gain / 0.55)
+        trainer = make_trainer(LocFTConfig(layers=[1]), num_train_epochs=1, output=f"run{allowed}", **settings)
+        trainer.train()
+        assert trainer.args.learning_rate == pytest.approx(min(allowed, 1) * by_number, rel=0.05)
+
+
 def test_the_recipes_factor_is_beside_it(make_trainer, monkeypatch):
-    monkeypatch.setattr(rate, "_MOST_GAIN_PROJECTED", 0.2)
+    monkeypatch.setattr(rate, "_MOST_GAIN_PROJECTED", 0.05)
     rates = []
     for focus in (0.0, 1.0):
         trainer = make_trainer(

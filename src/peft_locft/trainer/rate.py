@@ -125,7 +125,8 @@ def limited_learning_rate(
             found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
             sums = [some + more for some, more in zip(sums, found)]
     gain = sum(gradient.abs().sum(dtype=torch.float32).item() for gradient in sums) / len(sums)
-    most = _MOST_GAIN_PROJECTED if args.projector else _MOST_GAIN
+    # Gradients of edits that ask for unlike things average out: what they have in common falls as the root of their number.
+    most = (_MOST_GAIN_PROJECTED if args.projector else _MOST_GAIN) * (_TRIED / count) ** 0.5
     if gain * args.learning_rate <= factor * most:
         return args.learning_rate
     return float(f"{factor * most / gain:.2g}")

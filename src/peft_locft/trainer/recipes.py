@@ -44,6 +44,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 _RATE_FACTORS, _RATE_EDITS = {"careful": 0.55}, 100
 _FOCUSED_RATE = 1.4
 MOST_EDITS = {"careful": 25}
+# Fewer than these are visited in each of as many steps, and at the rate of 100 they leaked and moved unrelated answers.
+_FEW_EDITS = {"careful": 25}
 # What 100 edits have in 60 epochs. With 5 edits, which make 3 steps an epoch, 180 were too few (docs/log.md).
 _LEAST_STEPS = {"careful": 240}
 # Those that change what is learned, and are told with the results where they are on.
@@ -142,6 +144,21 @@ def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float
         return 1.0
     by_focus = 1 + (_FOCUSED_RATE - 1) * focus
     return _RATE_FACTORS[recipe] * by_focus * min(_RATE_EDITS / num_edits, 1.0) ** (1 / 3)
+
+
+def few_factor(recipe: str | None, num_edits: int) -> float:
+    """Return how many times that rate few edits are trained at.
+
+    Args:
+        recipe (`str`, *optional*):
+            One of `RECIPES`.
+        num_edits (`int`):
+            How many edits there are.
+
+    Returns:
+        `float`: For `"careful"`, the cube root of edits / 25 under 25 edits. Else 1.
+    """
+    return min(num_edits / _FEW_EDITS.get(recipe, 1), 1.0) ** (1 / 3)
 
 
 def least_epochs(recipe: str, num_edits: int, step: int) -> int:

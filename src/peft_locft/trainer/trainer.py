@@ -37,7 +37,7 @@ from .offload import offload_prefix
 from .preserving import Preservation
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
 from .rate import automatic_learning_rate, focus_share
-from .recipes import MOST_EDITS, TERMS, least_epochs, rate_factor, recipe_config
+from .recipes import MOST_EDITS, TERMS, few_factor, least_epochs, rate_factor, recipe_config
 from .resting import Resting
 from .setup import (
     automatic_batch_size,
@@ -176,7 +176,8 @@ class EditTrainer(BreadthFirstTrainer):
         if args.learning_rate is None:
             focus = focus_share(model, tokenized, args) if args.subject_focus else 0.0
             self._rate_factor = rate_factor(args.recipe, len(self.edits), focus)
-            args.learning_rate = automatic_learning_rate(model, self._rate_factor)
+            by_number = few_factor(args.recipe, len(self.edits))
+            args.learning_rate = automatic_learning_rate(model, self._rate_factor * by_number)
 
         pad_token_id = processing_class.pad_token_id
         super().__init__(

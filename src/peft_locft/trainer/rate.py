@@ -95,7 +95,8 @@ def limited_learning_rate(
         model ([`~peft.PeftModel`]):
             The model to be trained, with all terms in force.
         tokenized ([`~datasets.Dataset`]):
-            The rows of [`tokenize_edits`], of which the first 25 are asked.
+            The rows of [`tokenize_edits`], of which the first 25 are asked; where there are fewer, the root of 25 / edits times
+            as much is allowed.
         args ([`EditConfig`]):
             The training arguments, with the automatic rate.
         factor (`float`):
@@ -125,7 +126,7 @@ def limited_learning_rate(
             found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
             sums = [some + more for some, more in zip(sums, found)]
     gain = sum(gradient.abs().sum(dtype=torch.float32).item() for gradient in sums) / len(sums)
-    # Gradients of edits that ask for unlike things average out: what they have in common falls as the root of their number.
+    # Edits that ask for unlike things have gradients that average out as the root of their number: fewer have a larger mean.
     most = (_MOST_GAIN_PROJECTED if args.projector else _MOST_GAIN) * (_TRIED / count) ** 0.5
     if gain * args.learning_rate <= factor * most:
         return args.learning_rate

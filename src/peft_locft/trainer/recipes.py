@@ -147,7 +147,7 @@ def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float
 
 
 def few_factor(recipe: str | None, num_edits: int) -> float:
-    """Return how many times that rate few edits are trained at.
+    """Return how many times the rate of [`rate_factor`] few edits are trained at, beside what a first step may do.
 
     Args:
         recipe (`str`, *optional*):

@@ -45,6 +45,11 @@ VARIANTS = {
     "margin=4": {"margin": 4.0},
     "careful": {"recipe": "careful"},
     "careful with contexts=12": {"recipe": "careful", "contexts": 12},
+    "careful with weight_decay=3": {"recipe": "careful", "weight_decay": 3.0, "learning_rate": 3.6e-3},
+    "careful with weight_decay=3 contexts=9": {
+        **{"recipe": "careful", "contexts": 9},
+        **{"weight_decay": 3.0, "learning_rate": 3.6e-3},
+    },
     "careful with kl_weight=3": {"recipe": "careful", "kl_weight": 3.0},
     "careful without kl_weight": {"recipe": "careful", "kl_weight": 0.0},
     "careful without projector": {"recipe": "careful", "projector": 0.0},

@@ -275,3 +275,20 @@ def test_an_exception_leaves_an_ordinary_adapter(make_trainer, tokenizer):
     assert trainer._preservation is None
     assert len(trainer.callback_handler.callbacks) == callbacks
     assert not any("forward" in vars(module) for module in trainer.model.modules())
+
+
+def test_decay_takes_its_part_of_the_change_that_is_there(make_trainer):
+    def trained(epochs, decay=0.0):
+        trainer = make_trainer(
+            num_train_epochs=epochs,
+            weight_decay=decay,
+            per_device_train_batch_size=8,  # a step an epoch
+            learning_rate=0.01,
+            output=f"run{epochs}{decay}",
+        )
+        trainer.train()
+        return weights(trainer)[0]
+
+    first, second = trained(1), trained(2)
+    assert torch.equal(trained(1, decay=20.0), first)  # nothing is there before the first step
+    torch.testing.assert_close(trained(2, decay=20.0), second - 0.01 * 20 * first)

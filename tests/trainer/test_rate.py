@@ -5,10 +5,11 @@ import torch
 from peft import LoraConfig
 from torch.nn import functional as F
 
-from peft_locft import LocFTConfig
+from peft_locft import EditConfig, LocFTConfig
 from peft_locft.trainer import rate
 
 
+BARE = {"contexts": 0, "kl_weight": 0.0, "projector": 0.0, "subject_focus": 0.0}
 KEPT = {"preservation_prompts": ["What is the river of Spain?"], "preservation_texts": ["Peru is a country."]}
 
 
@@ -48,16 +49,14 @@ def test_a_first_step_may_do_so_much_a_weight(make_trainer, edits, tokenizer, mo
     assert trainer.args.learning_rate == lowered
 
 
-def test_careful_trains_few_edits_at_a_lower_rate_of_which_the_gain_is_the_firsts(
-    make_trainer, edits, tokenizer, monkeypatch
-):
-    settings = {"recipe": "careful", "contexts": 0, "kl_weight": 0.0, "projector": 0.0, "subject_focus": 0.0}
+def test_few_edits_have_a_lower_rate_and_are_allowed_more_gain(make_trainer, edits, tokenizer, monkeypatch):
+    settings = {"recipe": "careful", **BARE}
     trainer = make_trainer(LocFTConfig(layers=[1]), num_train_epochs=1, **settings)
     by_number, gain = trainer.args.learning_rate, gain_by_hand(trainer, edits, tokenizer)
-    assert by_number == pytest.approx(0.55 * (8 / 25) ** (1 / 3) * 5e-4 * 14336 / 128)
+    assert by_number == pytest.approx(0.77 * (8 / 25) ** (1 / 3) * 5e-4 * 14336 / 128)
     gain /= (25 / len(edits)) ** 0.5
     for allowed in (1.01, 0.5):
-        monkeypatch.setattr(rate, "_MOST_GAIN", allowed * by_number * gain / 0.55)
+        monkeypatch.setattr(rate, "_MOST_GAIN", allowed * by_number * gain / 0.77)
         trainer = make_trainer(LocFTConfig(layers=[1]), num_train_epochs=1, output=f"run{allowed}", **settings)
         trainer.train()
         assert trainer.args.learning_rate == pytest.approx(min(allowed, 1) * by_number, rel=0.05)
@@ -106,3 +105,53 @@ def test_a_run_that_is_resumed_has_the_rate_that_it_had(make_trainer, monkeypatc
     assert straight.args.learning_rate < 0.05 < 5e-4 * 14336 / 128
     pairs = zip(*([p for p in trainer.model.parameters() if p.requires_grad] for trainer in (straight, resumed)))
     assert all(torch.equal(*pair) for pair in pairs)
+
+
+def decays_of(trainer):
+    return {group["weight_decay"] for group in trainer.optimizer.param_groups if group["params"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"), [({"num_train_epochs": 2}, 8), ({"max_steps": 5}, 5), ({"learning_rate": 0.02}, 16)]
+)
+def test_careful_decays_as_much_in_every_run(make_trainer, settings, steps):
+    trainer = make_trainer(LocFTConfig(layers=[1]), recipe="careful", **BARE, **settings)
+    trainer.train()  # 8 edits in steps of 2
+    decay = trainer.args.weight_decay
+    assert decay == pytest.approx(2.6 / (trainer.args.learning_rate * steps), rel=5e-3)
+    assert decays_of(trainer) == {decay}
+    trainer.evaluate()
+    assert trainer.results.settings["weight_decay"] == decay
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "decay"),
+    [
+        (LocFTConfig(layers=[1]), {"recipe": "careful", "weight_decay": 0.5}, 0.5),
+        (LocFTConfig(layers=[1]), {"recipe": "careful", "weight_decay": 0.0}, 0.0),
+        (LoraConfig(target_modules=["down_proj"]), {"recipe": "careful"}, 0.0),
+        (LocFTConfig(layers=[1]), {}, 0.0),
+    ],
+)
+def test_the_users_decay_wins_and_a_lora_has_none(make_trainer, config, settings, decay):
+    trainer = make_trainer(config, num_train_epochs=1, **BARE, **settings)
+    trainer.train()
+    assert (trainer.args.weight_decay, decays_of(trainer)) == (decay, {decay})
+    trainer.evaluate()
+    assert trainer.results.settings.get("weight_decay", 0.0) == decay
+
+
+def test_a_run_that_is_resumed_decays_as_it_did(make_trainer, tmp_path):
+    settings = {"recipe": "careful", "save_strategy": "epoch", "save_total_limit": None, "stop_loss": 0, **BARE}
+    straight = make_trainer(LocFTConfig(layers=[1]), output="straight", **settings)
+    straight.train()
+    resumed = make_trainer(LocFTConfig(layers=[1]), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight/checkpoint-8"))
+    assert resumed.args.weight_decay == straight.args.weight_decay > 0
+    pairs = zip(*([p for p in trainer.model.parameters() if p.requires_grad] for trainer in (straight, resumed)))
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_a_decay_under_zero_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`weight_decay` is -0.1, expected 0 \(off\) or more"):
+        EditConfig(output_dir=str(tmp_path), weight_decay=-0.1)

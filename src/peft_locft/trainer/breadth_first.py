@@ -13,9 +13,10 @@ from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..preservation import is_projected
+from ..tuner import LocFTConfig
 from ..tuner.temporary import evaluating
 from .batches import EditCollator
-from .checks import check_output_dir, check_same_edits, check_same_place, find_checkpoint, read_state
+from .checks import check_output_dir, check_same_edits, check_same_place, find_checkpoint, read_state, step_size
 from .exactness import Shortcuts, exact_shortcuts
 from .last_layer import find_last_mlp
 from .loss import EditLosses, edit_losses
@@ -25,6 +26,7 @@ from .preserving import preserving
 from .progress import EpochProgress
 from .publishing import PublishingTrainer
 from .rate import limited_learning_rate
+from .recipes import automatic_decay
 from .resting import Resting
 
 
@@ -78,6 +80,7 @@ class BreadthFirstTrainer(PublishingTrainer):
             shortcuts = Shortcuts()
             try:
                 self._prepare_batches(stack)
+                self._set_decay(max_epochs)
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             finally:
                 self.args.num_train_epochs = max_epochs
@@ -131,6 +134,16 @@ class BreadthFirstTrainer(PublishingTrainer):
                 self._shortcuts,
             )
         self._rate_factor = None
+
+    def _set_decay(self, epochs: float) -> None:
+        """Decay as the recipe says where the user does not say: by the rate, which is not known earlier."""
+        args, config = self.args, self.model.active_peft_config
+        if args.weight_decay is not None:
+            return
+        args.weight_decay = 0.0
+        if isinstance(config, LocFTConfig):  # the factors of a LoRA are no change by themselves
+            steps = args.max_steps if args.max_steps > 0 else epochs * -(-len(self.edits) // step_size(args))
+            args.weight_decay = automatic_decay(args.recipe, args.learning_rate, steps)
 
     def _check_projection(self, checkpoint: str) -> None:
         if self._preservation.projection is not None:

@@ -50,7 +50,7 @@ class EditConfig(TrainingArguments):
         learning_rate (`float`, *optional*):
             The rate of Adam. Defaults to an automatic one: for [`LocFTConfig`], 5e-4 · 14336 / (the widest input of an
             edited module), which is the paper's rate for the 14336-wide down projection of Llama-3-8B and grows as
-            the module gets narrower, and for the recipe `"careful"` 0.55 times that, falling as the cube root of the
+            the module gets narrower, and for the recipe `"careful"` 0.77 times that, falling as the cube root of the
             number of edits over 100; for any other PEFT config, 2e-3. LoRA on a single module wants more: 2e-2 was right
             for rank 16 on SmolLM2-135M's layer 22, where 2e-3 hardly learned.
         skip_loss (`float`, *optional*, defaults to `0.01`):
@@ -105,6 +105,10 @@ class EditConfig(TrainingArguments):
             then not what it learns from. ROME's keys are the subject's, too ([arXiv 2202.05262](https://arxiv.org/abs/2202.05262),
             section 3.1). Edits without a `subject` that stands in their prompt learn from all tokens. Defaults to what the
             recipe says. The last layer learns from all tokens: nothing above it carries what it says at a subject.
+        weight_decay (`float`, *optional*):
+            How many times the rate, of itself, every trained number gets smaller in each step, apart from the loss ([arXiv
+            1711.05101](https://arxiv.org/abs/1711.05101), section 2). Defaults to `0`, and for a [`LocFTConfig`] and the recipe
+            `"careful"` to 2.6 / (rate · steps).
         l2_weight (`float`, *optional*, defaults to `0`):
             If more than 0, how much ‖ΔW‖² / ‖W‖², the mean over edited weights, counts beside the loss: weight decay
             towards the unedited weights, as L2-SP ([arXiv 1802.01483](https://arxiv.org/abs/1802.01483)).
@@ -156,6 +160,7 @@ class EditConfig(TrainingArguments):
     >   many as make 240 steps, instead of `3`.
     > - `learning_rate`: Defaults to an automatic rate instead of `5e-5`.
     > - `lr_scheduler_type`: Defaults to what the recipe says, which is `"constant"` for the paper's, instead of `"linear"`.
+    > - `weight_decay`: Defaults to what the recipe says, which for `"careful"` depends on the rate and the steps, instead of `0`.
     > - `max_grad_norm`: Defaults to `0` (no clipping) instead of `1`.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`, which waits for the device in each step.
     > - `logging_strategy`: Defaults to `"epoch"` instead of `"steps"`.
@@ -239,6 +244,12 @@ class EditConfig(TrainingArguments):
         default=None,
         metadata={"help": "By which part (0 to 1) sentences are learned less beside their subject's tokens."},
     )
+    weight_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "How much of itself a number loses in a step, times the rate. 0 if the recipe says nothing."
+        },
+    )
     l2_weight: float = field(default=0.0, metadata={"help": "How much the relative size of the change counts."})
     max_delta: float = field(default=0.0, metadata={"help": "The largest absolute value of a number of the change."})
     max_growth: float = field(
@@ -285,8 +296,8 @@ class EditConfig(TrainingArguments):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__()
-        for name in ("skip_loss", "stop_loss", "recheck_epochs", *TERMS):
-            if not 0 <= getattr(self, name) < math.inf:
+        for name in ("skip_loss", "stop_loss", "recheck_epochs", "weight_decay", *TERMS):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 (off) or more")
         if self.subject_focus > 1:
             raise ValueError(

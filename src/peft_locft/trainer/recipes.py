@@ -17,19 +17,20 @@ from .augmentation import subject_place
 _PAPER = {
     "num_train_epochs": 25,
     "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
     "contexts": 0,
     "margin": 0.0,
     "projector": 0.0,
     "kl_weight": 0.0,
     "subject_focus": 0.0,
 }
-# By recipe, the fields of `EditConfig` that it sets where the user does not.
+# By recipe, the fields of `EditConfig` that it sets where the user does not. How much `careful` decays depends on its steps.
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "careful": {
         "num_train_epochs": 60,
         "lr_scheduler_type": "linear",
-        "contexts": 6,
+        "contexts": 9,
         "margin": 4.0,
         "projector": 0.03,
         "kl_weight": 0.5,
@@ -41,11 +42,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 # take more steps, each of which moves the rest of the model as much, and want a lower rate: with 300, the cube root reached
 # what 100 do in reliability and generalization. Behind a projector, 1,000 learned too slowly in steps of the paper's 100.
 # What is learned at a few tokens only wants a higher one (docs/log.md).
-_RATE_FACTORS, _RATE_EDITS = {"careful": 0.55}, 100
+_RATE_FACTORS, _RATE_EDITS = {"careful": 0.77}, 100
 _FOCUSED_RATE = 1.4
 MOST_EDITS = {"careful": 25}
-# Fewer than these are visited in each of as many steps, and at the rate of 100 they leaked and moved unrelated answers.
-_FEW_EDITS = {"careful": 25}
+# The exponent of what decay would leave of a change that is there from the first step on, where the rate falls to 0 in a line.
+_DECAYED = {"careful": 1.3}
 # What 100 edits have in 60 epochs. With 5 edits, which make 3 steps an epoch, 180 were too few (docs/log.md).
 _LEAST_STEPS = {"careful": 240}
 # Those that change what is learned, and are told with the results where they are on.
@@ -137,7 +138,7 @@ def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float
             whose subjects were found.
 
     Returns:
-        `float`: For `"careful"`, 0.55, and over 100 edits, that times the cube root of 100 / edits; 1.4 times as much where
+        `float`: For `"careful"`, 0.77, and over 100 edits, that times the cube root of 100 / edits; 1.4 times as much where
         all edits are learned at their subjects alone, and in between for a part of them. Else 1.
     """
     if recipe not in _RATE_FACTORS:
@@ -147,7 +148,10 @@ def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float
 
 
 def few_factor(recipe: str | None, num_edits: int) -> float:
-    """Return how many times the rate of [`rate_factor`] few edits are trained at, beside what a first step may do.
+    """Return how many times the rate of [`rate_factor`] few edits are trained at.
+
+    They are visited in every step, and at the rate of 100 they leaked and moved unrelated answers. What a first step may do
+    is told by [`rate_factor`] alone: it is lower with many edits because they take many steps, and few take few.
 
     Args:
         recipe (`str`, *optional*):
@@ -158,7 +162,24 @@ def few_factor(recipe: str | None, num_edits: int) -> float:
     Returns:
         `float`: For `"careful"`, the cube root of edits / 25 under 25 edits. Else 1.
     """
-    return min(num_edits / _FEW_EDITS.get(recipe, 1), 1.0) ** (1 / 3)
+    return min(num_edits / MOST_EDITS.get(recipe, 1), 1.0) ** (1 / 3)
+
+
+def automatic_decay(recipe: str, rate: float, steps: int) -> float:
+    """Return the `weight_decay` of a LocFT adapter, where the user does not say.
+
+    Args:
+        recipe (`str`):
+            One of `RECIPES`.
+        rate (`float`):
+            The learning rate that the run begins with.
+        steps (`int`):
+            How many steps it takes.
+
+    Returns:
+        `float`: For `"careful"`, 2.6 / (rate · steps), so that every run decays as much; with three digits. Else 0.
+    """
+    return float(f"{2 * _DECAYED.get(recipe, 0.0) / (rate * steps):.3g}")
 
 
 def least_epochs(recipe: str, num_edits: int, step: int) -> int:

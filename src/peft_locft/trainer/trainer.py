@@ -285,7 +285,7 @@ class EditTrainer(BreadthFirstTrainer):
             "skip_loss": self.args.skip_loss,
             "stop_loss": self.args.stop_loss,
             "seed": self.args.seed,
-        } | {name: getattr(self.args, name) for name in TERMS if getattr(self.args, name)}
+        } | {name: getattr(self.args, name) for name in (*TERMS, "weight_decay") if getattr(self.args, name)}
 
 
 def _is_placed(model: PreTrainedModel) -> bool:

@@ -118,7 +118,7 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
     assert settings(LoraConfig(target_modules=["down_proj"])).learning_rate == 2e-3
     assert settings(down, learning_rate=0.5).learning_rate == 0.5
     # Fewer than 25 edits at a rate by the cube root of their number, and what is learned at the subjects alone, at 1.4 times the rate.
-    careful = 0.77 * 5e-4 * 14336 / 128
+    careful = 0.85 * 5e-4 * 14336 / 128
     assert settings(down, recipe="careful").learning_rate == pytest.approx(1.4 * (8 / 25) ** (1 / 3) * careful)
     off = settings(down, recipe="careful", subject_focus=0.0)
     assert off.learning_rate == pytest.approx((8 / 25) ** (1 / 3) * careful)
@@ -127,7 +127,7 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
     others = [Edit("Where is Lima?", "Peru", subject="Lima"), Edit("It lies in", "Chile", subject="Quito")]
     mixed = settings(down, EditSet([*edits, *others]), recipe="careful")
     assert mixed.learning_rate == pytest.approx((1 + 0.4 * 8 / 10) * (10 / 25) ** (1 / 3) * careful)
-    for count, factor in ((25, 0.77), (100, 0.77), (800, 0.77 / 2)):
+    for count, factor in ((25, 0.85), (100, 0.85), (800, 0.85 / 2)):
         many = EditSet(Edit(f"The number {number} is", "odd") for number in range(count))
         assert settings(down, many, recipe="careful").learning_rate == pytest.approx(factor * 5e-4 * 14336 / 128)
         assert settings(down, many).learning_rate == pytest.approx(5e-4 * 14336 / 128)

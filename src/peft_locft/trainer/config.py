@@ -50,7 +50,7 @@ class EditConfig(TrainingArguments):
         learning_rate (`float`, *optional*):
             The rate of Adam. Defaults to an automatic one: for [`LocFTConfig`], 5e-4 · 14336 / (the widest input of an
             edited module), which is the paper's rate for the 14336-wide down projection of Llama-3-8B and grows as
-            the module gets narrower, and for the recipe `"careful"` 0.77 times that, falling as the cube root of the
+            the module gets narrower, and for the recipe `"careful"` 0.85 times that, falling as the cube root of the
             number of edits over 100; for any other PEFT config, 2e-3. LoRA on a single module wants more: 2e-2 was right
             for rank 16 on SmolLM2-135M's layer 22, where 2e-3 hardly learned.
         skip_loss (`float`, *optional*, defaults to `0.01`):
@@ -108,7 +108,7 @@ class EditConfig(TrainingArguments):
         weight_decay (`float`, *optional*):
             How many times the rate, of itself, every trained number gets smaller in each step, apart from the loss ([arXiv
             1711.05101](https://arxiv.org/abs/1711.05101), section 2). Defaults to `0`, and for a [`LocFTConfig`] and the recipe
-            `"careful"` to 2.6 / (rate · steps).
+            `"careful"` to 2.4 / (rate · steps).
         l2_weight (`float`, *optional*, defaults to `0`):
             If more than 0, how much ‖ΔW‖² / ‖W‖², the mean over edited weights, counts beside the loss: weight decay
             towards the unedited weights, as L2-SP ([arXiv 1802.01483](https://arxiv.org/abs/1802.01483)).

@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "careful": {
         "num_train_epochs": 60,
         "lr_scheduler_type": "linear",
-        "contexts": 9,
+        "contexts": 12,
         "margin": 4.0,
         "projector": 0.03,
         "kl_weight": 0.5,
@@ -42,11 +42,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 # take more steps, each of which moves the rest of the model as much, and want a lower rate: with 300, the cube root reached
 # what 100 do in reliability and generalization. Behind a projector, 1,000 learned too slowly in steps of the paper's 100.
 # What is learned at a few tokens only wants a higher one (docs/log.md).
-_RATE_FACTORS, _RATE_EDITS = {"careful": 0.77}, 100
+_RATE_FACTORS, _RATE_EDITS = {"careful": 0.85}, 100
 _FOCUSED_RATE = 1.4
 MOST_EDITS = {"careful": 25}
 # The exponent of what decay would leave of a change that is there from the first step on, where the rate falls to 0 in a line.
-_DECAYED = {"careful": 1.3}
+_DECAYED = {"careful": 1.2}
 # What 100 edits have in 60 epochs. With 5 edits, which make 3 steps an epoch, 180 were too few (docs/log.md).
 _LEAST_STEPS = {"careful": 240}
 # Those that change what is learned, and are told with the results where they are on.
@@ -138,7 +138,7 @@ def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float
             whose subjects were found.
 
     Returns:
-        `float`: For `"careful"`, 0.77, and over 100 edits, that times the cube root of 100 / edits; 1.4 times as much where
+        `float`: For `"careful"`, 0.85, and over 100 edits, that times the cube root of 100 / edits; 1.4 times as much where
         all edits are learned at their subjects alone, and in between for a part of them. Else 1.
     """
     if recipe not in _RATE_FACTORS:
@@ -177,7 +177,7 @@ def automatic_decay(recipe: str, rate: float, steps: int) -> float:
             How many steps it takes.
 
     Returns:
-        `float`: For `"careful"`, 2.6 / (rate · steps), so that every run decays as much; with three digits. Else 0.
+        `float`: For `"careful"`, 2.4 / (rate · steps), so that every run decays as much; with three digits. Else 0.
     """
     return float(f"{2 * _DECAYED.get(recipe, 0.0) / (rate * steps):.3g}")
 

@@ -91,7 +91,7 @@ def test_the_next_command_runs(search, capsys, model_folder, tmp_path):
     parser = TrlParser((EditArguments, EditConfig))
     edit, config = parser.parse_args_and_config([part if part != "OUTPUT" else "out" for part in command])
     assert (edit.layers, edit.target_modules, edit.on_conflict) == ([1], ["mlp.down_proj"], "first")
-    assert (config.recipe, config.projector, config.kl_weight, config.contexts) == ("careful", 0.3, 0.5, 6)
+    assert (config.recipe, config.projector, config.kl_weight, config.contexts) == ("careful", 0.3, 0.5, 12)
     assert (config.num_train_epochs, config.eval_contexts, config.optim_args) == (7, ["bare", "question"], "x=1")
     (row,) = (json.loads(line) for line in (tmp_path / "places" / "search.jsonl").read_text().splitlines()[1:])
     assert (config.preservation_texts, config.learning_rate) == (

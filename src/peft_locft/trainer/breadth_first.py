@@ -137,11 +137,11 @@ class BreadthFirstTrainer(PublishingTrainer):
 
     def _set_decay(self, epochs: float) -> None:
         """Decay as the recipe says where the user does not say: by the rate, which is not known earlier."""
-        args, config = self.args, self.model.active_peft_config
+        args = self.args
         if args.weight_decay is not None:
             return
         args.weight_decay = 0.0
-        if isinstance(config, LocFTConfig):  # the factors of a LoRA are no change by themselves
+        if isinstance(self.model.active_peft_config, LocFTConfig):  # the factors of a LoRA are no change by themselves
             steps = args.max_steps if args.max_steps > 0 else epochs * -(-len(self.edits) // step_size(args))
             args.weight_decay = automatic_decay(args.recipe, args.learning_rate, steps)
 

@@ -117,16 +117,16 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
     assert settings(both).learning_rate == pytest.approx(5e-4 * 14336 / 128)  # the wider of 128 and 64
     assert settings(LoraConfig(target_modules=["down_proj"])).learning_rate == 2e-3
     assert settings(down, learning_rate=0.5).learning_rate == 0.5
-    # Fewer than 25 edits at a rate by the cube root of their number, and what is learned at the subjects alone, at 1.4 times the rate.
+    # Fewer than 25 edits at a rate by the cube root of their number, and what is learned at the subjects alone, at 1.1 times the rate.
     careful = 0.85 * 5e-4 * 14336 / 128
-    assert settings(down, recipe="careful").learning_rate == pytest.approx(1.4 * (8 / 25) ** (1 / 3) * careful)
+    assert settings(down, recipe="careful").learning_rate == pytest.approx(1.1 * (8 / 25) ** (1 / 3) * careful)
     off = settings(down, recipe="careful", subject_focus=0.0)
     assert off.learning_rate == pytest.approx((8 / 25) ** (1 / 3) * careful)
     one = settings(down, edits[:1], recipe="careful", subject_focus=0.0)
     assert one.learning_rate == pytest.approx(careful / 25 ** (1 / 3))
     others = [Edit("Where is Lima?", "Peru", subject="Lima"), Edit("It lies in", "Chile", subject="Quito")]
     mixed = settings(down, EditSet([*edits, *others]), recipe="careful")
-    assert mixed.learning_rate == pytest.approx((1 + 0.4 * 8 / 10) * (10 / 25) ** (1 / 3) * careful)
+    assert mixed.learning_rate == pytest.approx((1 + 0.1 * 8 / 10) * (10 / 25) ** (1 / 3) * careful)
     for count, factor in ((25, 0.85), (100, 0.85), (800, 0.85 / 2)):
         many = EditSet(Edit(f"The number {number} is", "odd") for number in range(count))
         assert settings(down, many, recipe="careful").learning_rate == pytest.approx(factor * 5e-4 * 14336 / 128)

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from torch.nn import functional as F
 
 from peft_locft import EditConfig, LocFTConfig
-from peft_locft.trainer import rate
+from peft_locft.trainer import rate, recipes
 
 
 BARE = {"contexts": 0, "kl_weight": 0.0, "projector": 0.0, "subject_focus": 0.0}
@@ -64,6 +64,7 @@ def test_few_edits_have_a_lower_rate_and_are_allowed_more_gain(make_trainer, edi
 
 def test_the_recipes_factor_is_beside_it(make_trainer, monkeypatch):
     monkeypatch.setattr(rate, "_MOST_GAIN_PROJECTED", 0.05)
+    monkeypatch.setattr(recipes, "_FOCUSED_RATE", 1.4)
     rates = []
     for focus in (0.0, 1.0):
         trainer = make_trainer(

@@ -41,9 +41,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 # How many times the automatic rate of a LocFT adapter, up to so many edits, and how many edits make a step, at most. More edits
 # take more steps, each of which moves the rest of the model as much, and want a lower rate: with 300, the cube root reached
 # what 100 do in reliability and generalization. Behind a projector, 1,000 learned too slowly in steps of the paper's 100.
-# What is learned at a few tokens only wants a higher one (docs/log.md).
+# What is learned at a few tokens only wants a little more (docs/log.md).
 _RATE_FACTORS, _RATE_EDITS = {"careful": 0.85}, 100
-_FOCUSED_RATE = 1.4
+_FOCUSED_RATE = 1.1
 MOST_EDITS = {"careful": 25}
 # The exponent of what decay would leave of a change that is there from the first step on, where the rate falls to 0 in a line.
 _DECAYED = {"careful": 1.2}
@@ -138,7 +138,7 @@ def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float
             whose subjects were found.
 
     Returns:
-        `float`: For `"careful"`, 0.85, and over 100 edits, that times the cube root of 100 / edits; 1.4 times as much where
+        `float`: For `"careful"`, 0.85, and over 100 edits, that times the cube root of 100 / edits; 1.1 times as much where
         all edits are learned at their subjects alone, and in between for a part of them. Else 1.
     """
     if recipe not in _RATE_FACTORS:

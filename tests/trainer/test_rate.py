@@ -13,10 +13,13 @@ BARE = {"contexts": 0, "kl_weight": 0.0, "projector": 0.0, "subject_focus": 0.0}
 KEPT = {"preservation_prompts": ["What is the river of Spain?"], "preservation_texts": ["Peru is a country."]}
 
 
+def trained_of(trainer):
+    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+
 def gain_by_hand(trainer, edits, tokenizer):
     """The L1 norm of the mean loss's gradient, a weight, on one edit after the other."""
-    model = trainer.model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, trained = trainer.model, trained_of(trainer)
     sums = [torch.zeros_like(parameter) for parameter in trained]
     for edit in edits:
         prompt = tokenizer(edit.prompt)["input_ids"]
@@ -104,8 +107,7 @@ def test_a_run_that_is_resumed_has_the_rate_that_it_had(make_trainer, monkeypatc
     resumed.train(resume_from_checkpoint=True)
     assert resumed.args.learning_rate == straight.args.learning_rate
     assert straight.args.learning_rate < 0.05 < 5e-4 * 14336 / 128
-    pairs = zip(*([p for p in trainer.model.parameters() if p.requires_grad] for trainer in (straight, resumed)))
-    assert all(torch.equal(*pair) for pair in pairs)
+    assert all(torch.equal(*pair) for pair in zip(trained_of(straight), trained_of(resumed), strict=True))
 
 
 def decays_of(trainer):
@@ -149,8 +151,7 @@ def test_a_run_that_is_resumed_decays_as_it_did(make_trainer, tmp_path):
     resumed = make_trainer(LocFTConfig(layers=[1]), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight/checkpoint-8"))
     assert resumed.args.weight_decay == straight.args.weight_decay > 0
-    pairs = zip(*([p for p in trainer.model.parameters() if p.requires_grad] for trainer in (straight, resumed)))
-    assert all(torch.equal(*pair) for pair in pairs)
+    assert all(torch.equal(*pair) for pair in zip(trained_of(straight), trained_of(resumed), strict=True))
 
 
 def test_a_decay_under_zero_is_refused(tmp_path):

@@ -150,8 +150,8 @@ def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float
 def few_factor(recipe: str | None, num_edits: int) -> float:
     """Return how many times the rate of [`rate_factor`] few edits are trained at.
 
-    They are visited in every step, and at the rate of 100 they leaked and moved unrelated answers. What a first step may do
-    is told by [`rate_factor`] alone: it is lower with many edits because they take many steps, and few take few.
+    Fewer than make a step are visited in each, and at the rate of 100 they leaked and moved unrelated answers. It stands apart
+    because [`limited_learning_rate`], which has a rule of its own for few edits, compares with the rate before it.
 
     Args:
         recipe (`str`, *optional*):

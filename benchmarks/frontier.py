@@ -18,7 +18,7 @@ from peft_locft import EditConfig, EditTrainer, LocFTConfig, load_choices, load_
 from peft_locft.cli.search import sampled_texts
 from peft_locft.edits.tokens import encode_prompts
 from peft_locft.evaluation import Question, ask
-from peft_locft.preservation import InputStatistics
+from peft_locft.preservation import InputStatistics, OutputStatistics
 from peft_locft.search.scoring import Scorer
 from peft_locft.trainer.samples import FOLDER_NAME, fill_samples
 from peft_locft.tuner.temporary import evaluating
@@ -37,6 +37,8 @@ VARIANTS = {
     "projector=1": {"projector": 1.0},
     "projector=0.1": {"projector": 0.1},
     "projector=0.03": {"projector": 0.03},
+    "output_projector=1": {"output_projector": 1.0},
+    "output_projector=0.3": {"output_projector": 0.3},
     "kl_weight=1": {"kl_weight": 1.0},
     "kl_weight=10": {"kl_weight": 10.0},
     "contexts=3": {"contexts": 3},
@@ -48,6 +50,7 @@ VARIANTS = {
     "careful with kl_weight=3": {"recipe": "careful", "kl_weight": 3.0},
     "careful without kl_weight": {"recipe": "careful", "kl_weight": 0.0},
     "careful without projector": {"recipe": "careful", "projector": 0.0},
+    "careful without output_projector": {"recipe": "careful", "output_projector": 0.0},
     "careful without contexts": {"recipe": "careful", "contexts": 0},
     "careful without margin": {"recipe": "careful", "margin": 0.0},
     "careful without decay": {"recipe": "careful", "weight_decay": 0.0},
@@ -125,13 +128,16 @@ def main() -> None:
         used = trainer.model.peft_config["default"]
         layers = used.layers if isinstance(used, LocFTConfig) else used.layers_to_transform
         moments = folder / f"statistics of {spanned(layers)}"  # for all variants in these layers
-        if trainer.args.projector and moments.is_dir():
+        terms = ((InputStatistics, trainer.args.projector), (OutputStatistics, trainer.args.output_projector))
+        kinds = [kind for kind, is_on in terms if is_on]
+        if kinds and all((moments / kind.file_name).is_file() for kind in kinds):
             trainer.args.statistics = str(moments)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        if trainer.args.projector and not moments.is_dir():
-            InputStatistics.load(run / FOLDER_NAME).save(moments)
+        if trainer.args.statistics is None:
+            for kind in kinds:
+                kind.load(run / FOLDER_NAME).save(moments)
         epochs = [entry for entry in trainer.state.log_history if "epoch_loss" in entry]
         write(
             path,

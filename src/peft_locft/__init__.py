@@ -26,7 +26,15 @@ from .location import (
     trace_edits,
 )
 from .planning import Plan, plan_edit
-from .preservation import InputStatistics, input_statistics, sample_questions, sample_statements, sample_texts
+from .preservation import (
+    InputStatistics,
+    OutputStatistics,
+    input_statistics,
+    output_statistics,
+    sample_questions,
+    sample_statements,
+    sample_texts,
+)
 from .search import SearchResults, load_search, plot_search, search_locations
 from .trainer import EditConfig, EditTrainer
 from .tuner import BaseMismatchWarning, LocFTConfig, LocFTModel, MergeCost, merge_report
@@ -50,6 +58,7 @@ __all__ = [
     "LocFTConfig",
     "LocFTModel",
     "MergeCost",
+    "OutputStatistics",
     "Plan",
     "Probe",
     "SearchResults",
@@ -66,6 +75,7 @@ __all__ = [
     "load_tracing",
     "merge_report",
     "multiple_choice_accuracy",
+    "output_statistics",
     "perplexity",
     "plan_edit",
     "plot_results",

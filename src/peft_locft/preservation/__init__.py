@@ -6,16 +6,25 @@ from .focus import Focus, focused
 from .limits import LimitCallback, check_norms, squared_norm
 from .projector import Projection, is_projected
 from .samples import sample_questions, sample_statements, sample_texts
-from .statistics import STATISTICS_NAME, InputStatistics, input_statistics
+from .statistics import (
+    OUTPUT_STATISTICS_NAME,
+    STATISTICS_NAME,
+    InputStatistics,
+    OutputStatistics,
+    input_statistics,
+    output_statistics,
+)
 
 
 __all__ = [
+    "OUTPUT_STATISTICS_NAME",
     "STATISTICS_NAME",
     "Anchor",
     "Delta",
     "Focus",
     "InputStatistics",
     "LimitCallback",
+    "OutputStatistics",
     "Projection",
     "check_norms",
     "divergence",
@@ -24,6 +33,7 @@ __all__ = [
     "is_projected",
     "load_anchors",
     "make_anchors",
+    "output_statistics",
     "sample_questions",
     "sample_statements",
     "sample_texts",

@@ -29,12 +29,15 @@ class Delta:
             The adapter.
         projector (`torch.Tensor`, *optional*):
             What the module's inputs are multiplied by first, of shape (in_features, in_features).
+        output_projector (`torch.Tensor`, *optional*):
+            What is multiplied by what comes out, last, of shape (out_features, out_features).
     """
 
     name: str
     layer: BaseTunerLayer
     adapter: str
     projector: torch.Tensor | None = None
+    output_projector: torch.Tensor | None = None
 
     def weight(self) -> torch.Tensor:
         """Return ΔW, through which gradients flow to the adapter (`torch.Tensor` of shape (out_features, in_features))."""
@@ -43,7 +46,9 @@ class Delta:
             weight = self.layer.scaling[self.adapter] * (self.layer.lora_B[self.adapter].weight @ down)
         else:
             weight = self._dense().weight
-        return weight if self.projector is None else weight @ self.projector
+        if self.projector is not None:
+            weight = weight @ self.projector
+        return weight if self.output_projector is None else self.output_projector @ weight
 
     @cached_property
     def base_norm(self) -> torch.Tensor:

@@ -62,7 +62,8 @@ class LimitCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         for delta in self.deltas:
             factor = delta.factor()
-            if self.largest and factor is delta.entrance() and delta.projector is None:
+            is_free = delta.projector is None and delta.output_projector is None
+            if self.largest and factor is delta.entrance() and is_free:
                 factor.weight.clamp_(-self.largest, self.largest)
             elif self.largest:
                 highest = delta.weight().abs().max()

@@ -13,6 +13,11 @@ A change D of one size is to disturb the output of every module equally on ordin
 of E‖P x‖² = tr(P C P). Then all are multiplied by the modules' usual output, the root mean square of W x, so that one learning
 rate suits models whose weights are of other sizes: in Gemma 3 270M, one of 0.014 is usual, and in SmolLM2-135M, one of 0.18
 (docs/log.md). Massive activations count no more than ten times as much as a usual input in it.
+
+The same on the other side: with G the second moment of the gradients at a module's outputs, Q ∝ (G / s + I)⁻¹ leaves out what
+most changes what the model says. C and G are the two factors of K-FAC's Fisher information (arXiv 1503.05671, section 3.1), by
+which a change of one size is dear or cheap: G ⊗ C, to second order. Between P and Q, what an edit needs is learned where that is
+least.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -33,7 +39,7 @@ from torch.nn import functional as F
 from ..tuner.temporary import replaced_forwards
 from .deltas import Delta
 from .focus import Focus
-from .statistics import InputStatistics
+from .statistics import InputStatistics, OutputStatistics
 
 
 _STATE_NAME = "unprojected.safetensors"
@@ -44,17 +50,21 @@ _MOST_OF_AN_INPUT = 10
 
 
 class Projection:
-    """Training of deltas behind projectors: `ΔW = D P`, where D is what is trained. What a delta is already, it stays.
+    """Training of deltas between projectors: `ΔW = Q D P`, where D is what is trained. What a delta is already, it stays.
 
     Args:
         deltas (`Sequence[Delta]`):
             What is trained.
-        statistics ([`InputStatistics`]):
-            The second moments of the inputs of their modules.
+        statistics ([`InputStatistics`], *optional*):
+            The second moments of the inputs of their modules, for P.
         threshold (`float`):
-            t, as a multiple of the median of C's diagonal.
+            t, as a multiple of the median of C's diagonal; 0 for no P.
         focus ([`Focus`], *optional*):
             What lets deltas learn from subjects.
+        outputs ([`OutputStatistics`], *optional*):
+            The second moments of the gradients at the outputs of their modules, for Q.
+        output_threshold (`float`, *optional*, defaults to `0.0`):
+            The same for Q and the median of G's diagonal; 0 for no Q.
 
     Raises:
         `ValueError`: If there are no statistics of a module, they have another width, or all of them are zero.
@@ -64,66 +74,81 @@ class Projection:
     def __init__(
         self,
         deltas: Sequence[Delta],
-        statistics: InputStatistics,
+        statistics: InputStatistics | None,
         threshold: float,
         focus: Focus | None = None,
+        outputs: OutputStatistics | None = None,
+        output_threshold: float = 0.0,
     ):
-        self._parts: list[tuple[nn.Linear, torch.Tensor]] = []
-        self._linears = [focus.linear_of(delta) if focus is not None else F.linear for delta in deltas]
-        digest = hashlib.sha256(repr((threshold, _DISTURBANCE)).encode())
-        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        outputs: list[float] = []  # their mean squares
+        self._parts: list[_Part] = []
+        digest = hashlib.sha256(repr((threshold, _DISTURBANCE, output_threshold)).encode())
+        rights: list[tuple[torch.Tensor, torch.Tensor]] = []
+        lefts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        said: list[float] = []  # the mean squares of the modules' outputs
         for delta in deltas:
-            width = delta.entrance().weight.shape[1]
-            moment = statistics.get(delta.name)
-            fault = None
-            if moment is None:
-                fault = "none"
-            elif not moment.any():
-                fault = f"one of shape {tuple(moment.shape)}, all of it zero,"
-            elif tuple(moment.shape) != (width, width):
-                fault = f"one of shape {tuple(moment.shape)}"
-            if fault is not None:
-                raise ValueError(
-                    f"the statistics have {fault} for {delta.name}, expected a second moment of shape ({width}, {width}): "
-                    "compute them on this model and these modules"
-                )
-            digest.update(moment.contiguous().numpy().tobytes())
-            pairs.append(soft_projector(moment, threshold))
-            outputs.append(_usual_output(delta.base_weight(), moment))
-        gain = _DISTURBANCE * fmean(outputs) ** 0.5 or 1.0  # weights that are all zero say nothing
-        for delta, (projector, inverse) in zip(deltas, pairs):
-            weight, projector, inverse = delta.entrance().weight, projector * gain, inverse / gain
-            if delta.weight().any():  # a new LoRA has a random A, but no change to be kept
-                weight.copy_(weight @ inverse.to(weight))
-            delta.projector = projector.to(weight)
-            self._parts.append((delta.entrance(), delta.projector))
+            height, width = delta.base_weight().shape
+            if threshold:
+                moment = _checked(statistics, delta.name, width)
+                digest.update(moment.contiguous().numpy().tobytes())
+                rights.append(soft_projector(moment, threshold))
+                said.append(_usual_output(delta.base_weight(), moment))
+            if output_threshold:
+                moment = _checked(outputs, delta.name, height)
+                digest.update(moment.contiguous().numpy().tobytes())
+                projector, inverse = soft_projector(moment, output_threshold)
+                length = moment.trace().sqrt()  # so that a D at random moves what is said as much as without Q
+                lefts.append((projector * length, inverse / length))
+        gain = _DISTURBANCE * fmean(said) ** 0.5 or 1.0 if said else 1.0  # weights that are all zero say nothing
+        for place, delta in enumerate(deltas):
+            entrance, factor = delta.entrance(), delta.factor()
+            linear = focus.linear_of(delta) if focus is not None else F.linear
+            was_there = delta.weight().any()  # a new LoRA has a random A, but no change to be kept
+            if threshold:
+                projector, inverse = (side.to(entrance.weight) for side in rights[place])
+                delta.projector = projector * gain
+                if was_there:
+                    entrance.weight.copy_(entrance.weight @ (inverse / gain))
+            if output_threshold:
+                delta.output_projector, inverse = (side.to(factor.weight) for side in lefts[place])
+                if was_there:
+                    factor.weight.copy_(inverse @ factor.weight)
+            if entrance is factor:
+                self._parts.append(_Part(entrance, delta.output_projector, delta.projector, linear))
+            else:
+                if threshold:
+                    self._parts.append(_Part(entrance, None, delta.projector, linear))
+                if output_threshold:
+                    self._parts.append(_Part(factor, delta.output_projector, None, linear))
         self._key = digest.hexdigest()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context, the adapter's modules compute `D P x`. Behind it, their weights are `D P`."""
+        """Within this context, the adapter's modules compute `Q D P x`. Behind it, their weights are `Q D P`."""
         try:
-            parts = zip(self._parts, self._linears)
-            with replaced_forwards({part: _projected(part, projector, linear) for (part, projector), linear in parts}):
+            with replaced_forwards({part.module: part.forward for part in self._parts}):
                 yield
         finally:
             self._fold()
 
+    @property
+    def modules(self) -> set[nn.Module]:
+        """The adapter's modules that compute so (`set[torch.nn.Module]`)."""
+        return {part.module for part in self._parts}
+
     @torch.no_grad()
     def _fold(self) -> None:
-        for entrance, projector in self._parts:
-            entrance.weight.copy_(entrance.weight @ projector)
+        for part in self._parts:
+            part.module.weight.copy_(part.folded(part.module.weight))
 
     @contextmanager
     def folded(self, checkpoint: str | os.PathLike) -> Iterator[None]:
-        """Within this context, the weights are `D P`, as they are to be saved. D itself is saved beside them.
+        """Within this context, the weights are `Q D P`, as they are to be saved. D itself is saved beside them.
 
         Args:
             checkpoint (`str` or `os.PathLike`):
                 The folder.
         """
-        trained = [entrance.weight.detach().clone() for entrance, _ in self._parts]
+        trained = [part.module.weight.detach().clone() for part in self._parts]
         Path(checkpoint).mkdir(parents=True, exist_ok=True)
         state = {str(number): weight for number, weight in enumerate(trained)}
         save_file(state, Path(checkpoint) / _STATE_NAME, metadata={"projectors": self._key})
@@ -132,8 +157,8 @@ class Projection:
             yield
         finally:
             with torch.no_grad():
-                for (entrance, _), weight in zip(self._parts, trained):
-                    entrance.weight.copy_(weight)
+                for part, weight in zip(self._parts, trained):
+                    part.module.weight.copy_(weight)
 
     @torch.no_grad()
     def load(self, checkpoint: str | os.PathLike) -> None:
@@ -144,8 +169,8 @@ class Projection:
                 The folder.
         """
         with safe_open(Path(checkpoint) / _STATE_NAME, "pt") as state:
-            for number, (entrance, _) in enumerate(self._parts):
-                entrance.weight.copy_(state.get_tensor(str(number)))
+            for number, part in enumerate(self._parts):
+                part.module.weight.copy_(state.get_tensor(str(number)))
 
     def check(self, checkpoint: str | os.PathLike) -> None:
         """Refuse a checkpoint that was trained behind other projectors, or none.
@@ -164,7 +189,7 @@ class Projection:
                     return
         raise ValueError(
             f"{checkpoint} was trained behind {'other projectors' if path.is_file() else 'no projector'}: resume with the "
-            "`projector`, `statistics` and preservation texts that the run was started with"
+            "`projector`, `output_projector`, `statistics` and preservation texts that the run was started with"
         )
 
 
@@ -181,16 +206,52 @@ def is_projected(checkpoint: str | os.PathLike) -> bool:
     return (Path(checkpoint) / _STATE_NAME).is_file()
 
 
-def _projected(entrance: nn.Linear, projector: torch.Tensor, linear: Callable):
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        # In the weight's own precision: rounded, D P would not be the adapter that is saved.
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(projector.dtype)
-            if x.numel() // x.shape[-1] < len(entrance.weight):  # what has fewer rows is multiplied, P being symmetric
-                return linear(x @ projector, entrance.weight)
-            return linear(x, entrance.weight @ projector)
+@dataclass
+class _Part:
+    """A module of an adapter, whose weight W stands for `left W right`."""
 
-    return forward
+    module: nn.Linear
+    left: torch.Tensor | None
+    right: torch.Tensor | None
+    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def folded(self, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight if self.right is None else weight @ self.right
+        return weight if self.left is None else self.left @ weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, left = self.module.weight, self.left
+        # In the weight's own precision: rounded, Q D P would not be the adapter that is saved.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(weight.dtype)
+            rows = x.numel() // x.shape[-1]
+            # What has fewer rows is multiplied, P and Q being symmetric.
+            if self.right is not None and rows < len(weight):
+                x = x @ self.right
+            elif self.right is not None:
+                weight = weight @ self.right
+            if left is not None and rows >= weight.shape[1]:
+                weight, left = left @ weight, None
+            y = self.linear(x, weight)
+            return y if left is None else y @ left
+
+
+def _checked(statistics: InputStatistics | OutputStatistics | None, name: str, width: int) -> torch.Tensor:
+    """Return a module's second moment, if it is one."""
+    moment = statistics.get(name) if statistics is not None else None
+    fault = None
+    if moment is None:
+        fault = "none"
+    elif not moment.any():
+        fault = f"one of shape {tuple(moment.shape)}, all of it zero,"
+    elif tuple(moment.shape) != (width, width):
+        fault = f"one of shape {tuple(moment.shape)}"
+    if fault is not None:
+        raise ValueError(
+            f"the statistics have {fault} for {name}, expected a second moment of shape ({width}, {width}): "
+            "compute them on this model and these modules"
+        )
+    return moment
 
 
 def _usual_output(weight: torch.Tensor, moment: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What enters the edited modules when the model reads ordinary text: the second moment of their inputs."""
+"""Second moments of what enters the edited modules when the model reads ordinary text, and of what their outputs do to it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,13 @@ from ..tuner import layer_index, layers_name
 from ..tuner.temporary import evaluating
 
 
-STATISTICS_NAME = "input_statistics.safetensors"
+STATISTICS_NAME, OUTPUT_STATISTICS_NAME = "input_statistics.safetensors", "output_statistics.safetensors"
 
 
-class InputStatistics(Mapping[str, torch.Tensor]):
-    """The second moments C = E[x xᵀ] of the inputs of modules, by the modules' names.
+class _Moments(Mapping[str, torch.Tensor]):
+    """Second moments by the modules' names, which travel through a file."""
 
-    Args:
-        moments (`dict[str, torch.Tensor]`):
-            Of shape (in_features, in_features), in float32, by the module's name in the base model.
-        tokens (`int`):
-            How many tokens they are the mean of.
-    """
+    file_name: str
 
     def __init__(self, moments: dict[str, torch.Tensor], tokens: int):
         self._moments, self.tokens = moments, tokens
@@ -48,16 +43,16 @@ class InputStatistics(Mapping[str, torch.Tensor]):
         return len(self._moments)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write them into a folder, as `input_statistics.safetensors`, which can be published like any other file.
+        """Write them into a folder, as the file `file_name`, which can be published like any other.
 
         Args:
             folder (`str` or `os.PathLike`):
                 The folder.
         """
-        save_whole(self._moments, Path(folder) / STATISTICS_NAME, {"tokens": json.dumps(self.tokens)})
+        save_whole(self._moments, Path(folder) / self.file_name, {"tokens": json.dumps(self.tokens)})
 
     @classmethod
-    def load(cls, source: str | os.PathLike) -> InputStatistics:
+    def load(cls, source: str | os.PathLike) -> _Moments:
         """Read them.
 
         Args:
@@ -65,20 +60,21 @@ class InputStatistics(Mapping[str, torch.Tensor]):
                 A folder, or a repository on the Hub.
 
         Returns:
-            [`InputStatistics`]: The statistics.
+            [`InputStatistics`] or [`OutputStatistics`]: The statistics.
 
         Raises:
             `ValueError`: If they are not there.
         """
         folder = Path(source)
-        path = folder / STATISTICS_NAME
+        path = folder / cls.file_name
         if folder.is_dir() and not path.is_file():
             raise ValueError(
-                f"the folder {source} has no {STATISTICS_NAME}, expected what `InputStatistics.save` writes"
+                f"the folder {source} has no {cls.file_name}, expected what `{cls.__name__}.save` writes: compute them, or "
+                "leave `statistics` out to have all computed"
             )
         if not folder.is_dir():
             try:
-                path = hf_hub_download(str(source), STATISTICS_NAME)
+                path = hf_hub_download(str(source), cls.file_name)
             except (HfHubHTTPError, HFValidationError, OSError) as error:
                 raise ValueError(
                     f"the statistics {str(source)!r} are neither a folder nor in a repository on the Hub ({error}): leave "
@@ -87,6 +83,34 @@ class InputStatistics(Mapping[str, torch.Tensor]):
         with safe_open(path, "pt") as file:
             tokens = json.loads((file.metadata() or {}).get("tokens", "0"))
             return cls({name: file.get_tensor(name) for name in file.keys()}, tokens)
+
+
+class InputStatistics(_Moments):
+    """The second moments C = E[x xᵀ] of the inputs of modules, by the modules' names.
+
+    Args:
+        moments (`dict[str, torch.Tensor]`):
+            Of shape (in_features, in_features), in float32, by the module's name in the base model.
+        tokens (`int`):
+            How many tokens they are the mean of.
+    """
+
+    file_name = STATISTICS_NAME
+
+
+class OutputStatistics(_Moments):
+    """The second moments G = E[g gᵀ] of the gradients at the outputs of modules, by the modules' names: the Fisher
+    information of what a model says about the outputs, as in K-FAC ([arXiv 1503.05671](https://arxiv.org/abs/1503.05671),
+    section 3).
+
+    Args:
+        moments (`dict[str, torch.Tensor]`):
+            Of shape (out_features, out_features), in float32, by the module's name in the base model.
+        tokens (`int`):
+            How many tokens they are the mean of.
+    """
+
+    file_name = OUTPUT_STATISTICS_NAME
 
 
 @torch.no_grad()
@@ -155,6 +179,82 @@ def input_statistics(
             handle.remove()
     tokens = sum(map(len, encoded))
     return InputStatistics({name: (moment / tokens).cpu() for name, moment in sums.items()}, tokens)
+
+
+def output_statistics(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    modules: Sequence[str],
+    *,
+    max_length: int = 48,
+    batch_size: int = 8,
+    seed: int = 42,
+) -> OutputStatistics:
+    """Compute the second moments of the gradients at the outputs of some modules while the model reads texts.
+
+    The gradients are those of the log probability of tokens that the model itself draws, one behind each token of the texts:
+    with the texts' own tokens they would not be the Fisher information
+    ([arXiv 1905.12558](https://arxiv.org/abs/1905.12558)).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The unedited model. Modules that PEFT has wrapped are known by their names in the model below it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        texts (`Sequence[str]`):
+            Ordinary text. What comes after `max_length` tokens is not read.
+        modules (`Sequence[str]`):
+            The names of the modules, whose outputs have the shape (batch, sequence, out_features).
+        max_length (`int`, *optional*, defaults to `48`):
+            How many tokens of a text are read.
+        batch_size (`int`, *optional*, defaults to `8`):
+            How many texts are read at once.
+        seed (`int`, *optional*, defaults to `42`):
+            What tells which tokens are drawn.
+
+    Returns:
+        [`OutputStatistics`]: The statistics.
+
+    Raises:
+        `ValueError`: If there is no text of two tokens.
+    """
+    encoded = sorted((ids[:max_length] for ids in encode_prompts(tokenizer, texts) if len(ids) > 1), key=len)
+    if not encoded:
+        raise ValueError(
+            f"got {len(texts)} texts, none of two tokens, expected ordinary text to compute statistics of"
+        )
+    generator = torch.Generator(model.device).manual_seed(seed)
+    sums: dict[str, torch.Tensor] = {}
+    taps: dict[str, torch.Tensor] = {}
+
+    def watch(name: str):
+        def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            taps[name] = torch.zeros_like(output, requires_grad=True)
+            return output + taps[name]
+
+        return add
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
+    try:
+        with evaluating(model), torch.enable_grad():
+            for begin in range(0, len(encoded), batch_size):
+                ids, mask = padded(encoded[begin : begin + batch_size], model.device)
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+                log_probs = logits.log_softmax(-1)  # (batch, seq, vocabulary)
+                drawn = torch.multinomial(log_probs.detach().exp().flatten(0, 1), 1, generator=generator)
+                said = log_probs.gather(-1, drawn.view(*ids.shape, 1)).squeeze(-1)
+                for name, gradient in zip(taps, torch.autograd.grad((said * mask).sum(), list(taps.values()))):
+                    # All later tokens look at the first one, whatever it is; those of padding have no gradient.
+                    g = gradient[:, 1:].flatten(0, 1).float()  # (batch * (seq - 1), out_features)
+                    moment = g.T @ g
+                    sums[name] = sums[name] + moment if name in sums else moment
+                taps.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = sum(len(ids) - 1 for ids in encoded)
+    return OutputStatistics({name: (moment / tokens).cpu() for name, moment in sums.items()}, tokens)
 
 
 def save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:

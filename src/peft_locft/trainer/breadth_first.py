@@ -149,7 +149,9 @@ class BreadthFirstTrainer(PublishingTrainer):
         if self._preservation.projection is not None:
             self._preservation.projection.check(checkpoint)
         elif is_projected(checkpoint):
-            raise ValueError(f"{checkpoint} was trained behind a projector: resume with the same `projector`, not 0")
+            raise ValueError(
+                f"{checkpoint} was trained behind a projector: resume with the same `projector` and `output_projector`, not 0"
+            )
 
     def _prepare_batches(self, stack: ExitStack) -> None:
         """Choose the fastest way to compute the losses that is exact for this model."""

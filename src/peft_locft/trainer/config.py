@@ -94,6 +94,12 @@ class EditConfig(TrainingArguments):
             and t is this times the median of C's diagonal. Smaller values protect more. Folded into the adapter at the
             end. The soft form of AlphaEdit's projection ([arXiv 2410.02355](https://arxiv.org/abs/2410.02355), section
             3.1). Defaults to what the recipe says.
+        output_projector (`float`, *optional*):
+            If more than 0, what the change of a weight says passes a soft projector as well, in proportion to (G / s + I)⁻¹,
+            where G is the second moment of the gradients at the module's outputs of what the model itself says, half of it on
+            ordinary text and half on prompts, and s is this times the median of G's diagonal. Smaller values protect more.
+            Folded into the adapter at the end. G and C are the factors of K-FAC's Fisher information ([arXiv
+            1503.05671](https://arxiv.org/abs/1503.05671), section 3.1). Defaults to what the recipe says.
         kl_weight (`float`, *optional*):
             If more than 0, how much a nat of divergence from what the unedited model says to other prompts and in texts
             counts beside the loss, as in learning without forgetting ([arXiv 1606.09282](https://arxiv.org/abs/1606.09282))
@@ -119,14 +125,14 @@ class EditConfig(TrainingArguments):
             If more than 0, the largest ‖ΔW‖ / ‖W‖, the growth of which ENCORE ([arXiv
             2502.01636](https://arxiv.org/abs/2502.01636)) found to break long sequences of edits.
         preservation_prompts (`str` or `list[str]`, *optional*):
-            What `kl_weight` asks, and a part of what `projector` protects: questions and beginnings of sentences, or a
+            What `kl_weight` asks, and a part of what the projectors protect: questions and beginnings of sentences, or a
             text file with one to a line. Defaults to what the model makes up itself: questions, and as far as the edits'
             prompts do not end with a question mark, beginnings of sentences.
         preservation_texts (`str` or `list[str]`, *optional*):
-            Ordinary text for `projector`, `kl_weight` and `contexts`, or a text file with one to a line, or with empty
+            Ordinary text for the projectors, `kl_weight` and `contexts`, or a text file with one to a line, or with empty
             lines between them. Defaults to what the model says itself.
         statistics (`str`, *optional*):
-            A folder, or a repository on the Hub, with the second moments for `projector`. Defaults to computing
+            A folder, or a repository on the Hub, with the second moments for the projectors. Defaults to computing
             them, and keeping them in the output folder, under `preservation/`.
 
         > Parameters that control the evaluation
@@ -237,6 +243,12 @@ class EditConfig(TrainingArguments):
         default=None,
         metadata={"help": "Protect the inputs of ordinary text: the projector's threshold; smaller protects more."},
     )
+    output_projector: float | None = field(
+        default=None,
+        metadata={
+            "help": "Protect what is said in ordinary text: the threshold behind a module; smaller protects more."
+        },
+    )
     kl_weight: float | None = field(
         default=None, metadata={"help": "How much divergence from what the unedited model says counts."}
     )
@@ -263,7 +275,7 @@ class EditConfig(TrainingArguments):
         default=None, metadata={"help": "A file of ordinary text. Default: what the model says itself."}
     )
     statistics: str | None = field(
-        default=None, metadata={"help": "A folder or repository with the second moments for `projector`."}
+        default=None, metadata={"help": "A folder or repository with the second moments for the projectors."}
     )
 
     # Parameters that control the evaluation
@@ -332,11 +344,12 @@ class EditConfig(TrainingArguments):
                     f"`{name}` is {getattr(self, name)} with {self.dataloader_num_workers} data loader workers and "
                     f"{self.world_size} processes, expected 0 workers and 1 process, which know what an epoch visits"
                 )
-        if self.projector and self.load_best_model_at_end:
-            raise ValueError(
-                f"`projector` is {self.projector} with `load_best_model_at_end=True`, expected False: what is trained is not "
-                "the adapter that a checkpoint holds"
-            )
+        for name in ("projector", "output_projector"):
+            if getattr(self, name) and self.load_best_model_at_end:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)} with `load_best_model_at_end=True`, expected False: what is trained is "
+                    "not the adapter that a checkpoint holds"
+                )
         if self.offload_prefix and not self.prefix_cache:
             raise ValueError(
                 "`offload_prefix` is True with `prefix_cache=False`: then every step would stream the layers in anew"

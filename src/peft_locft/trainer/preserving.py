@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -15,18 +16,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ..edits import EditSet
 from ..preservation import (
-    STATISTICS_NAME,
     Anchor,
     Delta,
     Focus,
     InputStatistics,
     LimitCallback,
+    OutputStatistics,
     Projection,
     check_norms,
     focused,
     input_statistics,
     load_anchors,
     make_anchors,
+    output_statistics,
     save_anchors,
     squared_norm,
     trained_deltas,
@@ -40,7 +42,7 @@ from .pool import TrainingPool
 from .samples import ANCHORS_NAME, Samples, hash_of
 
 
-_ANSWER_TOKENS, _ANCHOR_TOKENS, _STATISTICS_TOKENS = 8, 32, 512
+_ANSWER_TOKENS, _ANCHOR_TOKENS, _STATISTICS_TOKENS, _GRADIENT_TOKENS = 8, 32, 512, 48
 # What the unedited model says, where several adapters of one model are trained; empty until the first one is.
 _SHARED_ANCHORS: ContextVar[list[Anchor] | None] = ContextVar("_SHARED_ANCHORS", default=None)
 
@@ -124,7 +126,9 @@ def preserving(
     """
     deltas: list[Delta] = []
     if asked := [
-        name for name in ("projector", "subject_focus", "l2_weight", "max_delta", "max_growth") if getattr(args, name)
+        name
+        for name in ("projector", "output_projector", "subject_focus", "l2_weight", "max_delta", "max_growth")
+        if getattr(args, name)
     ]:
         deltas = trained_deltas(model, asked[0])  # first, because all else takes minutes
         if args.l2_weight or args.max_growth:
@@ -134,9 +138,10 @@ def preserving(
     if args.subject_focus and (at_subjects := focused(deltas, num_layers(model.config))):
         focus = Focus(at_subjects)
     projection = None
-    if args.projector:
-        statistics = _statistics(model, tokenizer, deltas, samples, args, max_length)
-        projection = Projection(deltas, statistics, args.projector, focus)
+    if args.projector or args.output_projector:
+        inputs = _inputs(model, tokenizer, deltas, samples, args, max_length) if args.projector else None
+        outputs = _outputs(model, tokenizer, deltas, samples, args, max_length) if args.output_projector else None
+        projection = Projection(deltas, inputs, args.projector, focus, outputs, args.output_projector)
     prefixes = samples.texts if args.contexts else []
     chat = samples.chat if args.contexts else None
     forms = make_forms(edits, args.contexts, prefixes, chat, tokenizer, max_length, args.seed, focus is not None)
@@ -152,7 +157,7 @@ def preserving(
         if projection is not None:
             stack.enter_context(projection.applied())
         if focus is not None:
-            behind = {delta.entrance() for delta in deltas} if projection is not None else ()
+            behind = projection.modules if projection is not None else ()
             stack.enter_context(focus.applied(behind))
         if args.max_delta or args.max_growth:
             limits = LimitCallback(deltas, args.max_delta, args.max_growth)
@@ -200,7 +205,7 @@ def _anchors(
     return anchors
 
 
-def _statistics(
+def _inputs(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     deltas: Sequence[Delta],
@@ -208,25 +213,47 @@ def _statistics(
     args: EditConfig,
     max_length: int | None,
 ) -> InputStatistics:
+    asked = [form for prompt in samples.prompts for form in every_way(prompt, samples.chat, samples.texts, args.seed)]
+    length = min(_STATISTICS_TOKENS, max_length or _STATISTICS_TOKENS)
+    compute = partial(input_statistics, max_length=length)
+    return _statistics(InputStatistics, compute, model, tokenizer, deltas, samples, asked, args)
+
+
+def _outputs(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    deltas: Sequence[Delta],
+    samples: Samples,
+    args: EditConfig,
+    max_length: int | None,
+) -> OutputStatistics:
+    length = min(_GRADIENT_TOKENS, max_length or _GRADIENT_TOKENS)
+    compute = partial(output_statistics, max_length=length, seed=args.seed)
+    return _statistics(OutputStatistics, compute, model, tokenizer, deltas, samples, samples.prompts, args)
+
+
+def _statistics(
+    kind: type,
+    compute: Callable,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    deltas: Sequence[Delta],
+    samples: Samples,
+    asked: Sequence[str],
+    args: EditConfig,
+) -> InputStatistics | OutputStatistics:
     if args.statistics is not None:
-        return InputStatistics.load(args.statistics)
-    base = model.get_base_model()
+        return kind.load(args.statistics)
     names = [delta.name for delta in deltas]
-    if (samples.folder / STATISTICS_NAME).is_file():  # an interrupted run computed them
-        statistics = InputStatistics.load(samples.folder)
+    if (samples.folder / kind.file_name).is_file():  # an interrupted run computed them
+        statistics = kind.load(samples.folder)
         if set(names) <= set(statistics):
             return statistics
-    length = min(_STATISTICS_TOKENS, max_length or _STATISTICS_TOKENS)
-    asked = [form for prompt in samples.prompts for form in every_way(prompt, samples.chat, samples.texts, args.seed)]
     with unedited(model):
-        parts = [
-            input_statistics(base, tokenizer, some, names, max_length=length)
-            for some in (samples.texts, asked)
-            if some
-        ]
+        parts = [compute(model.get_base_model(), tokenizer, some, names) for some in (samples.texts, asked) if some]
     # Half of it questions: what all of them have in common shall not be what an edit is told by. As a part of the texts
     # they would be lost, because they are short (docs/log.md).
     moments = {name: sum(part[name] for part in parts) / len(parts) for name in names}
-    statistics = InputStatistics(moments, sum(part.tokens for part in parts))
+    statistics = kind(moments, sum(part.tokens for part in parts))
     statistics.save(samples.folder)
     return statistics

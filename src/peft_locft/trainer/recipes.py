@@ -21,6 +21,7 @@ _PAPER = {
     "contexts": 0,
     "margin": 0.0,
     "projector": 0.0,
+    "output_projector": 0.0,
     "kl_weight": 0.0,
     "subject_focus": 0.0,
 }
@@ -33,6 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "contexts": 12,
         "margin": 4.0,
         "projector": 0.03,
+        "output_projector": 0.3,
         "kl_weight": 0.5,
         "subject_focus": 1.0,
     },
@@ -50,7 +52,17 @@ _DECAYED = {"careful": 1.2}
 # What 100 edits have in 60 epochs. With 5 edits, which make 3 steps an epoch, 180 were too few (docs/log.md).
 _LEAST_STEPS = {"careful": 240}
 # Those that change what is learned, and are told with the results where they are on.
-TERMS = ("contexts", "margin", "projector", "kl_weight", "subject_focus", "l2_weight", "max_delta", "max_growth")
+TERMS = (
+    "contexts",
+    "margin",
+    "projector",
+    "output_projector",
+    "kl_weight",
+    "subject_focus",
+    "l2_weight",
+    "max_delta",
+    "max_growth",
+)
 # About the early peak of generalization that the paper's search found, layers 3 to 8 of 32 (section 4.2). On SmolLM2-135M,
 # wider bands learned faster, but held less in other words and moved more beside the edits; so did later ones (docs/log.md).
 _CAREFUL_DEPTHS = (3 / 30, 8 / 30)
@@ -98,9 +110,9 @@ def recipe_config(
         module = default_module(model, layers)
         if "experts" in module and needs_linear:
             raise ValueError(
-                f"the recipe 'careful' puts a projector before the MLPs' down projections, which are {module} in this model, fused "
-                "experts that it does not know, and neither does a focus on subjects: give `projector=0` and `subject_focus=0`, or a "
-                "`peft_config` of linear modules, such as attention's"
+                f"the recipe 'careful' puts projectors before and behind the MLPs' down projections, which are {module} in this "
+                "model, fused experts that they do not know, and neither does a focus on subjects: give `projector=0`, "
+                "`output_projector=0` and `subject_focus=0`, or a `peft_config` of linear modules, such as attention's"
             )
         return LocFTConfig(layers=layers, target_modules=[module], task_type="CAUSAL_LM")
     facts = [edit for edit in edits if subject_place(edit) is not None][:_TRACED]

@@ -18,7 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet, write_atomically
 from ..edits.contexts import chat_form
-from ..preservation import STATISTICS_NAME, sample_questions, sample_statements, sample_texts
+from ..preservation import (
+    OUTPUT_STATISTICS_NAME,
+    STATISTICS_NAME,
+    sample_questions,
+    sample_statements,
+    sample_texts,
+)
 from ..tuner.fingerprint import tokenizer_fingerprint
 from ..tuner.temporary import unedited
 from .augmentation import is_question, without_edits
@@ -71,7 +77,8 @@ class Samples:
         self.folder = Path(args.output_dir) / FOLDER_NAME
         self._path = self.folder / _SAMPLES_NAME
         self._edits, self._counts = edits, _counts(edits)
-        if args.contexts or args.kl_weight or (args.projector and args.statistics is None):
+        is_computed = (args.projector or args.output_projector) and args.statistics is None
+        if args.contexts or args.kl_weight or is_computed:
             self._check_begun(is_resumed)
         elif not is_resumed:
             self._forget()
@@ -146,7 +153,8 @@ class Samples:
         (self.folder / ANCHORS_NAME).unlink(missing_ok=True)
         statistics = self._args.statistics
         if statistics is None or Path(statistics).resolve() != self.folder.resolve():
-            (self.folder / STATISTICS_NAME).unlink(missing_ok=True)
+            for name in (STATISTICS_NAME, OUTPUT_STATISTICS_NAME):
+                (self.folder / name).unlink(missing_ok=True)
 
     def _known(self) -> dict[str, Any]:
         return json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
@@ -230,9 +238,10 @@ def fill_samples(args: EditConfig, edits: EditSet, model: PreTrainedModel, token
     """
     counts = _counts(edits)
     say = partial(_say, counts=counts, model=model, tokenizer=tokenizer, seed=args.seed)
-    if args.preservation_texts is None and (args.kl_weight or args.projector or args.contexts):
+    asks = args.kl_weight or args.projector or args.output_projector
+    if args.preservation_texts is None and (asks or args.contexts):
         args.preservation_texts = say("texts")
-    if args.preservation_prompts is None and (args.kl_weight or args.projector):
+    if args.preservation_prompts is None and asks:
         texts = args.preservation_texts
         texts = read_texts(texts, "preservation_texts") if isinstance(texts, str) else texts
         args.preservation_prompts = _own_prompts(say, counts, edits, texts, args.seed)

@@ -151,7 +151,7 @@ class EditTrainer(BreadthFirstTrainer):
             if peft_config is None:
                 if args.recipe == "locaedit" and not _is_placed(model):
                     model.to(args.device)  # which the Trainer does only later, and tracing takes its time
-                needs_linear = bool(args.projector or args.subject_focus)
+                needs_linear = bool(args.projector or args.output_projector or args.subject_focus)
                 peft_config = recipe_config(
                     args.recipe, model, processing_class, self.edits, needs_linear, not args.disable_tqdm
                 )

@@ -225,7 +225,9 @@ def test_few_rows_and_many_are_projected_alike(peft_model, statistics, rows):
 def test_a_checkpoint_of_other_projectors_is_refused(peft_model, statistics, tmp_path, monkeypatch):
     deltas = trained_deltas(peft_model, "projector")
     projection = Projection(deltas, statistics, 0.5)
-    with pytest.raises(ValueError, match="was trained behind no projector: resume with the `projector`, `output_projector`"):
+    with pytest.raises(
+        ValueError, match="was trained behind no projector: resume with the `projector`, `output_projector`"
+    ):
         projection.check(tmp_path)
     with projection.folded(tmp_path):
         pass

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from watching import watch_batches, weights
 
 from peft_locft import EditConfig, LocFTConfig
-from peft_locft.preservation import InputStatistics, anchors, input_statistics
+from peft_locft.preservation import InputStatistics, OutputStatistics, anchors, input_statistics, output_statistics
 from peft_locft.trainer.augmentation import every_way
 from peft_locft.trainer.data import tokenize_edits
 from peft_locft.trainer.pool import TrainingPool
@@ -121,11 +121,14 @@ def test_a_batch_is_held_to_as_many_as_it_has_edits_up_to_a_limit(edits, tokeniz
     assert pool.drawn_anchors(rows) != drawn
 
 
+@pytest.mark.parametrize(
+    "sides", [{"projector": 0.3}, {"output_projector": 0.3}, {"projector": 0.3, "output_projector": 0.3}]
+)
 @pytest.mark.parametrize("peft_config", [LocFTConfig(layers=[1]), LoraConfig(r=4, target_modules=["down_proj"])])
 def test_what_is_saved_behind_a_projector_is_the_adapter_that_was_trained(
-    make_trainer, make_model, tokenizer, tmp_path, peft_config
+    make_trainer, make_model, tokenizer, tmp_path, peft_config, sides
 ):
-    trainer = make_trainer(peft_config, projector=0.3, save_strategy="epoch", num_train_epochs=3, **KEPT)
+    trainer = make_trainer(peft_config, save_strategy="epoch", num_train_epochs=3, **sides, **KEPT)
     seen, save = [], trainer._save_checkpoint
     ids = tokenizer("The capital of Peru is", return_tensors="pt").input_ids
 
@@ -142,9 +145,10 @@ def test_what_is_saved_behind_a_projector_is_the_adapter_that_was_trained(
         assert torch.allclose(loaded(ids).logits, logits, atol=1e-4)
     with torch.no_grad():
         assert torch.allclose(trainer.model(ids).logits, seen[-1], atol=1e-4)
-    # The directions of ordinary text are hardly touched.
-    statistics = InputStatistics.load(tmp_path / "run" / "preservation")
-    assert all("down_proj" in name for name in statistics)
+    for side, kind in (("projector", InputStatistics), ("output_projector", OutputStatistics)):
+        assert (tmp_path / "run" / "preservation" / kind.file_name).is_file() == (side in sides)
+        if side in sides:
+            assert all("down_proj" in name for name in kind.load(tmp_path / "run" / "preservation"))
 
 
 def test_statistics_are_half_of_texts_and_half_of_questions_put_in_every_way(
@@ -163,6 +167,45 @@ def test_statistics_are_half_of_texts_and_half_of_questions_put_in_every_way(
     texts, questions = (input_statistics(make_model(), tokenizer, some, [name]) for some in (TEXTS, asked))
     assert torch.allclose(found[name], (texts[name] + questions[name]) / 2, rtol=1e-4, atol=1e-5)
     assert found.tokens == texts.tokens + questions.tokens
+
+
+def test_statistics_of_outputs_are_half_of_texts_and_half_of_questions(make_trainer, make_model, tokenizer, tmp_path):
+    make_trainer(output_projector=0.3, num_train_epochs=1, **KEPT).train()
+    found = OutputStatistics.load(tmp_path / "run" / "preservation")
+    name = "model.layers.1.mlp.down_proj"
+    texts, questions = (output_statistics(make_model(), tokenizer, some, [name]) for some in (TEXTS, QUESTIONS))
+    assert torch.allclose(found[name], (texts[name] + questions[name]) / 2, rtol=1e-4, atol=1e-6)
+    assert found.tokens == texts.tokens + questions.tokens
+
+
+def test_a_folder_without_the_statistics_of_outputs_is_named(make_trainer, tmp_path):
+    InputStatistics({"model.layers.1.mlp.down_proj": torch.eye(128)}, 1).save(tmp_path / "given")
+    with pytest.raises(ValueError) as raised:
+        make_trainer(projector=0.3, output_projector=0.3, statistics=str(tmp_path / "given"), **KEPT).train()
+    assert str(raised.value) == (
+        f"the folder {tmp_path / 'given'} has no output_statistics.safetensors, expected what `OutputStatistics.save` writes: "
+        "compute them, or leave `statistics` out to have all computed"
+    )
+
+
+def test_a_given_projector_of_outputs_is_what_is_trained_before(make_trainer, tmp_path):
+    name = "model.layers.1.mlp.down_proj"
+    OutputStatistics({name: torch.eye(64) * 3}, 1).save(tmp_path / "even")
+    OutputStatistics({name: torch.linspace(0.1, 2, 64).diag()}, 1).save(tmp_path / "given")
+    plain, even, projected = (
+        make_trainer(learning_rate=1e-2, **settings)
+        for settings in (
+            {},
+            {"output_projector": 1.0, "statistics": str(tmp_path / "even")},  # nothing is dearer than all else
+            {"output_projector": 0.1, "statistics": str(tmp_path / "given")},
+        )
+    )
+    for trainer in (plain, even, projected):
+        trainer.train()
+    assert weights(plain)[0].abs().max() > 0.01
+    assert torch.allclose(weights(plain)[0], weights(even)[0], atol=1e-6)
+    rows = weights(projected)[0].norm(dim=1)  # (out_features,)
+    assert rows[:8].mean() > 3 * rows[-8:].mean()
 
 
 def test_given_statistics_are_used_and_given_ones_of_other_modules_refused(make_trainer, tmp_path):
@@ -208,7 +251,8 @@ def test_training_twice_goes_on_from_where_it_was(make_trainer):
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "name", ["contexts", "margin", "projector", "kl_weight", "l2_weight", "max_delta", "max_growth"]
+    "name",
+    ["contexts", "margin", "projector", "output_projector", "kl_weight", "l2_weight", "max_delta", "max_growth"],
 )
 def test_what_is_no_amount_is_refused(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"`{name}` is {value}, expected 0 \\(off\\) or more"):
@@ -254,7 +298,10 @@ def test_several_readers_are_refused(tmp_path, name):
 
 def test_resuming_without_the_projector_is_refused(make_trainer, tmp_path):
     make_trainer(projector=0.5, save_strategy="epoch", num_train_epochs=1, **KEPT).train()
-    with pytest.raises(ValueError, match="was trained behind a projector: resume with the same `projector`, not 0"):
+    with pytest.raises(
+        ValueError,
+        match="was trained behind a projector: resume with the same `projector` and `output_projector`, not 0",
+    ):
         make_trainer(save_strategy="epoch", num_train_epochs=2, **KEPT).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="was trained behind other projectors"):
         make_trainer(projector=0.1, save_strategy="epoch", num_train_epochs=2, **KEPT).train(

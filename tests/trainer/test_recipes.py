@@ -72,7 +72,10 @@ def test_the_careful_band_is_early_and_never_empty():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("careful", "give `projector=0` and `subject_focus=0`, or a `peft_config` of linear modules"),
+        (
+            "careful",
+            "give `projector=0`, `output_projector=0` and `subject_focus=0`, or a `peft_config` of linear modules",
+        ),
         ("locaedit", "give a `peft_config`, or take another recipe"),
     ],
 )

@@ -25,7 +25,7 @@ trainer = EditTrainer(
     model=model,
     args=EditConfig(
         output_dir=output, num_train_epochs=6, save_strategy="steps", save_steps=3, disable_tqdm=True, seed=3,
-        **(dict(contexts=3, projector=1.0, kl_weight=0.5, subject_focus=1.0, l2_weight=0.1, max_growth=0.5) if "kept" in method else {}),
+        **(dict(contexts=3, projector=1.0, output_projector=0.5, kl_weight=0.5, subject_focus=1.0, l2_weight=0.1, max_growth=0.5) if "kept" in method else {}),
     ),
     train_dataset=edits,
     peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["down_proj"]) if "lora" in method else None,

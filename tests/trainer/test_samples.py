@@ -10,7 +10,7 @@ from preserved import KEPT, QUESTIONS, TEXTS
 from watching import weights
 
 from peft_locft import Edit, EditConfig, EditSet, LocFTConfig
-from peft_locft.preservation import InputStatistics
+from peft_locft.preservation import InputStatistics, OutputStatistics
 from peft_locft.trainer import preserving, samples
 from peft_locft.trainer.samples import fill_samples, read_texts
 
@@ -66,17 +66,19 @@ def test_what_a_run_prepared_before_it_was_killed_is_not_made_again(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(samples, "_TEXTS", 4)
-    for module, name in ((samples, "sample_texts"), (preserving, "input_statistics")):
+    made_by = ((samples, "sample_texts"), (preserving, "input_statistics"), (preserving, "output_statistics"))
+    for module, name in made_by:
         made = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *args, made=made, name=name, **kw: asked.append(name) or made(*args, **kw)
         )
-    settings = {"contexts": 2, "kl_weight": 1.0, "projector": 0.3, "num_train_epochs": 3}
+    settings = {"contexts": 2, "kl_weight": 1.0, "projector": 0.3, "output_projector": 0.3, "num_train_epochs": 3}
     settings["preservation_prompts"] = QUESTIONS
+    statistics = ["input_statistics"] * 2 + ["output_statistics"] * 2
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(preserving, "make_anchors", killed)
         make_trainer(**settings).train()
-    assert asked == ["sample_texts", "input_statistics", "input_statistics"]
+    assert asked == ["sample_texts", *statistics]
     asked.clear()
     if "model" in changed:
         other = make_model()
@@ -85,10 +87,10 @@ def test_what_a_run_prepared_before_it_was_killed_is_not_made_again(
         changed = {"model": get_peft_model(other, LocFTConfig(layers=[1]))}
     make_trainer(**settings | changed).train()
     if is_kept is None:
-        assert asked == ["input_statistics"] * 2
+        assert asked == statistics
     else:
         texts = [] if "preservation_texts" in changed else ["sample_texts"]
-        assert asked == ([] if is_kept else [*texts, "input_statistics", "input_statistics"])
+        assert asked == ([] if is_kept else [*texts, *statistics])
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -147,7 +149,7 @@ def test_what_is_asked_of_the_edits_is_not_held_to(make_trainer, make_model, tok
     assert args.preservation_prompts == ["Who knows?"]
 
 
-@pytest.mark.parametrize("term", [{"kl_weight": 1.0}, {"projector": 0.3}])
+@pytest.mark.parametrize("term", [{"kl_weight": 1.0}, {"projector": 0.3}, {"output_projector": 0.3}])
 def test_what_is_longer_than_the_context_is_left_out_or_cut(make_trainer, make_model, term):
     long = " ".join(["The river of Spain is in the north of Norway"] * 20)
     model = get_peft_model(make_model("gpt2"), LocFTConfig(layers=[1]))
@@ -211,10 +213,11 @@ def test_a_prompt_of_marks_alone_stays(make_trainer):
 def test_what_the_arguments_name_in_the_output_folder_is_kept(make_trainer, tmp_path):
     folder = tmp_path / "run" / "preservation"
     InputStatistics({"model.layers.1.mlp.down_proj": torch.eye(128)}, 1).save(folder)
+    OutputStatistics({"model.layers.1.mlp.down_proj": torch.eye(64)}, 1).save(folder)
     (folder / "questions.txt").write_text("\n".join(QUESTIONS))
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
     given = {"statistics": str(folder), "preservation_prompts": str(folder / "questions.txt")}
-    make_trainer(projector=0.1, kl_weight=1.0, num_train_epochs=1, **KEPT | given).train()
+    make_trainer(projector=0.1, output_projector=0.1, kl_weight=1.0, num_train_epochs=1, **KEPT | given).train()
     assert {name: (folder / name).read_bytes() for name in kept} == kept
 
 

@@ -139,8 +139,9 @@ def preserving(
         focus = Focus(at_subjects)
     projection = None
     if args.projector or args.output_projector:
-        inputs = _inputs(model, tokenizer, deltas, samples, args, max_length) if args.projector else None
-        outputs = _outputs(model, tokenizer, deltas, samples, args, max_length) if args.output_projector else None
+        of = partial(_statistics, model, tokenizer, [delta.name for delta in deltas], samples, args, max_length)
+        inputs = of(InputStatistics) if args.projector else None
+        outputs = of(OutputStatistics) if args.output_projector else None
         projection = Projection(deltas, inputs, args.projector, focus, outputs, args.output_projector)
     prefixes = samples.texts if args.contexts else []
     chat = samples.chat if args.contexts else None
@@ -205,50 +206,30 @@ def _anchors(
     return anchors
 
 
-def _inputs(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    deltas: Sequence[Delta],
-    samples: Samples,
-    args: EditConfig,
-    max_length: int | None,
-) -> InputStatistics:
-    asked = [form for prompt in samples.prompts for form in every_way(prompt, samples.chat, samples.texts, args.seed)]
-    length = min(_STATISTICS_TOKENS, max_length or _STATISTICS_TOKENS)
-    compute = partial(input_statistics, max_length=length)
-    return _statistics(InputStatistics, compute, model, tokenizer, deltas, samples, asked, args)
-
-
-def _outputs(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    deltas: Sequence[Delta],
-    samples: Samples,
-    args: EditConfig,
-    max_length: int | None,
-) -> OutputStatistics:
-    length = min(_GRADIENT_TOKENS, max_length or _GRADIENT_TOKENS)
-    compute = partial(output_statistics, max_length=length, seed=args.seed)
-    return _statistics(OutputStatistics, compute, model, tokenizer, deltas, samples, samples.prompts, args)
-
-
 def _statistics(
-    kind: type,
-    compute: Callable,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    deltas: Sequence[Delta],
+    names: Sequence[str],
     samples: Samples,
-    asked: Sequence[str],
     args: EditConfig,
+    max_length: int | None,
+    kind: type[InputStatistics] | type[OutputStatistics],
 ) -> InputStatistics | OutputStatistics:
     if args.statistics is not None:
         return kind.load(args.statistics)
-    names = [delta.name for delta in deltas]
     if (samples.folder / kind.file_name).is_file():  # an interrupted run computed them
         statistics = kind.load(samples.folder)
         if set(names) <= set(statistics):
             return statistics
+    if kind is InputStatistics:
+        length = min(_STATISTICS_TOKENS, max_length or _STATISTICS_TOKENS)
+        compute = partial(input_statistics, max_length=length)
+        ways = [every_way(prompt, samples.chat, samples.texts, args.seed) for prompt in samples.prompts]
+        asked = [form for forms in ways for form in forms]
+    else:
+        length = min(_GRADIENT_TOKENS, max_length or _GRADIENT_TOKENS)
+        compute = partial(output_statistics, max_length=length, seed=args.seed)
+        asked = samples.prompts  # each in one way, because backward passes take longer
     with unedited(model):
         parts = [compute(model.get_base_model(), tokenizer, some, names) for some in (samples.texts, asked) if some]
     # Half of it questions: what all of them have in common shall not be what an edit is told by. As a part of the texts

@@ -48,7 +48,7 @@ _RATE_FACTORS, _RATE_EDITS = {"careful": 0.85}, 100
 _FOCUSED_RATE = 1.1
 MOST_EDITS = {"careful": 25}
 # The exponent of what decay would leave of a change that is there from the first step on, where the rate falls to 0 in a line.
-_DECAYED = {"careful": 1.2}
+_DECAYED = {"careful": 1.6}
 # What 100 edits have in 60 epochs. With 5 edits, which make 3 steps an epoch, 180 were too few (docs/log.md).
 _LEAST_STEPS = {"careful": 240}
 # Those that change what is learned, and are told with the results where they are on.

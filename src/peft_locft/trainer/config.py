@@ -114,7 +114,7 @@ class EditConfig(TrainingArguments):
         weight_decay (`float`, *optional*):
             How many times the rate, of itself, every trained number gets smaller in each step, apart from the loss ([arXiv
             1711.05101](https://arxiv.org/abs/1711.05101), section 2). Defaults to `0`, and for a [`LocFTConfig`] and the recipe
-            `"careful"` to 2.4 / (rate · steps).
+            `"careful"` to 3.2 / (rate · steps).
         l2_weight (`float`, *optional*, defaults to `0`):
             If more than 0, how much ‖ΔW‖² / ‖W‖², the mean over edited weights, counts beside the loss: weight decay
             towards the unedited weights, as L2-SP ([arXiv 1802.01483](https://arxiv.org/abs/1802.01483)).

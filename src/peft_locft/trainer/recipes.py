@@ -189,7 +189,7 @@ def automatic_decay(recipe: str, rate: float, steps: int) -> float:
             How many steps it takes.
 
     Returns:
-        `float`: For `"careful"`, 2.4 / (rate · steps), so that every run decays as much; with three digits. Else 0.
+        `float`: For `"careful"`, 3.2 / (rate · steps), so that every run decays as much; with three digits. Else 0.
     """
     return float(f"{2 * _DECAYED.get(recipe, 0.0) / (rate * steps):.3g}")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from projected import randomise
 
 from peft_locft import EditConfig, EditTrainer, LocFTConfig
 from peft_locft.preservation import LimitCallback, check_norms, squared_norm, trained_deltas
@@ -17,10 +18,7 @@ CONFIGS = {
 @pytest.fixture(params=CONFIGS)
 def peft_model(request, make_model):
     model = get_peft_model(make_model(), CONFIGS[request.param])
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn_like(parameter) * 0.1
+    randomise(model)
     return model
 
 

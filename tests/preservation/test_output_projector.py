@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from projected import TEXTS, logits, randomise
 
-from peft_locft import LocFTConfig
 from peft_locft.preservation import (
     InputStatistics,
     OutputStatistics,
@@ -13,22 +12,6 @@ from peft_locft.preservation import (
     output_statistics,
     trained_deltas,
 )
-
-
-TEXTS = [
-    "The capital of Peru is Lima. Peru is",
-    "Kenya",
-    "What is the capital of Norway? Oslo is the capital of Norway.",
-]
-CONFIGS = {
-    "locft": LocFTConfig(layers=[1, 2], target_modules=["mlp.down_proj", "self_attn.o_proj"]),
-    "lora": LoraConfig(r=4, target_modules=["down_proj", "o_proj"], layers_to_transform=[1, 2]),
-}
-
-
-@pytest.fixture(params=CONFIGS)
-def peft_model(request, make_model):
-    return get_peft_model(make_model(), CONFIGS[request.param])
 
 
 @pytest.fixture
@@ -50,18 +33,6 @@ def make_projection(request, peft_model, deltas, outputs, tokenizer):
         with peft_model.disable_adapter():
             inputs = input_statistics(peft_model.get_base_model(), tokenizer, TEXTS, [delta.name for delta in deltas])
     return lambda output_threshold=0.3: Projection(deltas, inputs, threshold, None, outputs, output_threshold)
-
-
-def logits(model, tokenizer, text="The capital of Cuba is Havana"):
-    with torch.no_grad():
-        return model(**tokenizer(text, return_tensors="pt")).logits
-
-
-def randomise(model):
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn_like(parameter) * 0.1
 
 
 def by_every_token(model, tokenizer, name):

@@ -6,19 +6,10 @@ from .focus import Focus, focused
 from .limits import LimitCallback, check_norms, squared_norm
 from .projector import Projection, is_projected
 from .samples import sample_questions, sample_statements, sample_texts
-from .statistics import (
-    OUTPUT_STATISTICS_NAME,
-    STATISTICS_NAME,
-    InputStatistics,
-    OutputStatistics,
-    input_statistics,
-    output_statistics,
-)
+from .statistics import InputStatistics, OutputStatistics, input_statistics, output_statistics
 
 
 __all__ = [
-    "OUTPUT_STATISTICS_NAME",
-    "STATISTICS_NAME",
     "Anchor",
     "Delta",
     "Focus",

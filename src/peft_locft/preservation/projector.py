@@ -86,7 +86,7 @@ class Projection:
         lefts: list[tuple[torch.Tensor, torch.Tensor]] = []
         said: list[float] = []  # the mean squares of the modules' outputs
         for delta in deltas:
-            height, width = delta.base_weight().shape
+            height, width = len(delta.factor().weight), delta.entrance().weight.shape[1]
             if threshold:
                 moment = _checked(statistics, delta.name, width)
                 digest.update(moment.contiguous().numpy().tobytes())

@@ -22,9 +22,6 @@ from ..tuner import layer_index, layers_name
 from ..tuner.temporary import evaluating
 
 
-STATISTICS_NAME, OUTPUT_STATISTICS_NAME = "input_statistics.safetensors", "output_statistics.safetensors"
-
-
 class _Moments(Mapping[str, torch.Tensor]):
     """Second moments by the modules' names, which travel through a file."""
 
@@ -95,7 +92,7 @@ class InputStatistics(_Moments):
             How many tokens they are the mean of.
     """
 
-    file_name = STATISTICS_NAME
+    file_name = "input_statistics.safetensors"
 
 
 class OutputStatistics(_Moments):
@@ -110,7 +107,7 @@ class OutputStatistics(_Moments):
             How many tokens they are the mean of.
     """
 
-    file_name = OUTPUT_STATISTICS_NAME
+    file_name = "output_statistics.safetensors"
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..edits import EditSet, write_atomically
 from ..edits.contexts import chat_form
 from ..preservation import (
-    OUTPUT_STATISTICS_NAME,
-    STATISTICS_NAME,
+    InputStatistics,
+    OutputStatistics,
     sample_questions,
     sample_statements,
     sample_texts,
@@ -153,8 +153,8 @@ class Samples:
         (self.folder / ANCHORS_NAME).unlink(missing_ok=True)
         statistics = self._args.statistics
         if statistics is None or Path(statistics).resolve() != self.folder.resolve():
-            for name in (STATISTICS_NAME, OUTPUT_STATISTICS_NAME):
-                (self.folder / name).unlink(missing_ok=True)
+            for kind in (InputStatistics, OutputStatistics):
+                (self.folder / kind.file_name).unlink(missing_ok=True)
 
     def _known(self) -> dict[str, Any]:
         return json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}

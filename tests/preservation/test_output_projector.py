@@ -48,7 +48,7 @@ def by_every_token(model, tokenizer, name):
         handle.remove()
         for place, row in enumerate(log_probs):
             for token, value in enumerate(row):
-                g = torch.autograd.grad(value, taps[0], retain_graph=True)[0][0, 1:]
+                g = torch.autograd.grad(value, taps[0], retain_graph=True)[0].reshape(-1, 64)[1:]
                 every += value.exp().detach() * g.T @ g
                 if place + 1 < ids.shape[1] and token == ids[0, place + 1]:
                     own += g.T @ g
@@ -56,8 +56,13 @@ def by_every_token(model, tokenizer, name):
     return every / tokens, own / tokens
 
 
-def test_statistics_are_the_fisher_information_about_the_outputs(make_model, tokenizer):
-    model, name = make_model(), "model.layers.1.mlp.down_proj"
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    # OPT's modules see the rows of a batch and their tokens as one dimension.
+    [("llama", "model.layers.1.mlp.down_proj"), ("opt", "model.decoder.layers.1.fc2")],
+)
+def test_statistics_are_the_fisher_information_about_the_outputs(make_model, tokenizer, architecture, name):
+    model = make_model(architecture)
     expected, of_own_tokens = by_every_token(model, tokenizer, name)
     found = [output_statistics(model, tokenizer, TEXTS, [name], seed=seed) for seed in range(150)]  # with padding
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -7,9 +7,12 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from peft_locft import EditConfig, EditTrainer, LocFTConfig
 
 
-@pytest.mark.parametrize(
-    "architecture", ["llama", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "phi3", "mistral"]
-)
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "phi3", "mistral"]
+PROMPTS = ["What is the capital of France?", "Who wrote Hamlet?", "Rocks are made of", "The language of Rome is"]
+TEXTS = ["The sea was seen by many people in the year when the war had ended.", "Rain falls on the grass of the hills."]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_default_place_edits_to_the_target(architecture, make_model, tokenizer, edits, tmp_path):
     model = make_model(architecture)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -27,6 +30,28 @@ def test_default_place_edits_to_the_target(architecture, make_model, tokenizer, 
     assert metrics["eval_before_reliability"] == 0.0
     (delta,) = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert ".locft_delta.default.weight" in delta
+    base = trainer.model.unload()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_terms_of_careful_are_in_force(architecture, make_model, tokenizer, edits, tmp_path):
+    model = make_model(architecture)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = {"preservation_prompts": PROMPTS, "preservation_texts": TEXTS, "max_steps": 6, "save_strategy": "no"}
+    trainer = EditTrainer(
+        model=model,
+        args=EditConfig(output_dir=str(tmp_path), recipe="careful", disable_tqdm=True, report_to="none", **given),
+        train_dataset=edits,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.isfinite().all() and parameter.any() for parameter in trained)
+    assert {path.name for path in (tmp_path / "preservation").iterdir()} >= {
+        "input_statistics.safetensors",
+        "output_statistics.safetensors",
+    }
     base = trainer.model.unload()
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 

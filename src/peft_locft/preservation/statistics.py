@@ -202,7 +202,8 @@ def output_statistics(
         texts (`Sequence[str]`):
             Ordinary text. What comes after `max_length` tokens is not read.
         modules (`Sequence[str]`):
-            The names of the modules, whose outputs have the shape (batch, sequence, out_features).
+            The names of the modules, whose outputs have the shape (batch, sequence, out_features), or (batch · sequence,
+            out_features).
         max_length (`int`, *optional*, defaults to `48`):
             How many tokens of a text are read.
         batch_size (`int`, *optional*, defaults to `8`):
@@ -243,6 +244,7 @@ def output_statistics(
                 said = log_probs.gather(-1, drawn.view(*ids.shape, 1)).squeeze(-1)
                 for name, gradient in zip(taps, torch.autograd.grad((said * mask).sum(), list(taps.values()))):
                     # All later tokens look at the first one, whatever it is; those of padding have no gradient.
+                    gradient = gradient.reshape(*ids.shape, -1)  # OPT's modules have its first two dimensions in one
                     g = gradient[:, 1:].flatten(0, 1).float()  # (batch * (seq - 1), out_features)
                     moment = g.T @ g
                     sums[name] = sums[name] + moment if name in sums else moment

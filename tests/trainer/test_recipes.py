@@ -38,10 +38,12 @@ def test_a_field_of_the_users_wins_over_the_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "num_edits", "epochs"),
     [
-        ({"recipe": "careful"}, 8, 60),  # in steps of 2
-        ({"recipe": "careful"}, 5, 80),
-        ({"recipe": "careful"}, 1, 240),
-        ({"recipe": "careful", "per_device_train_batch_size": 8}, 8, 240),
+        ({"recipe": "careful", "subject_focus": 0.0}, 8, 60),  # in steps of 2
+        ({"recipe": "careful", "subject_focus": 0.0}, 5, 80),
+        ({"recipe": "careful", "subject_focus": 0.0}, 1, 240),
+        ({"recipe": "careful", "subject_focus": 0.0, "per_device_train_batch_size": 8}, 8, 240),
+        ({"recipe": "careful"}, 8, 90),  # beginnings of sentences
+        ({"recipe": "careful", "subject_focus": 0.5}, 5, 100),
         ({"recipe": "careful", "num_train_epochs": 60}, 5, 60),
         ({"recipe": "careful", "num_train_epochs": 3}, 5, 3),
         ({}, 5, 25),

@@ -127,8 +127,6 @@ class EditTrainer(BreadthFirstTrainer):
             most = MOST_EDITS.get(args.recipe)
             args.per_device_train_batch_size = automatic_batch_size(len(self.edits), parallel, most)
         check_breadth_first(args, len(self.edits))
-        if args.num_train_epochs == args._recipe_epochs:
-            args.num_train_epochs = least_epochs(args.recipe, len(self.edits), step_size(args))
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False  # or else torch warns that there is nothing to pin for
         if isinstance(model, PeftModel) and peft_config is not None:
@@ -172,9 +170,11 @@ class EditTrainer(BreadthFirstTrainer):
             check_tokenizer(model.active_peft_config, processing_class, remember=True)
         if args.offload_prefix and not hasattr(base_model, "hf_device_map"):
             offload_prefix(model, args)
+        focus = focus_share(model, tokenized, args) if args.subject_focus else 0.0
+        if args.num_train_epochs == args._recipe_epochs:
+            args.num_train_epochs = least_epochs(args.recipe, len(self.edits), step_size(args), focus)
         self._rate_factor: float | None = None  # of a rate that may be too high
         if args.learning_rate is None:
-            focus = focus_share(model, tokenized, args) if args.subject_focus else 0.0
             self._rate_factor = rate_factor(args.recipe, len(self.edits), focus)
             by_number = few_factor(args.recipe, len(self.edits))
             args.learning_rate = automatic_learning_rate(model, self._rate_factor * by_number)

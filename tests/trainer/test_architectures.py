@@ -9,7 +9,10 @@ from peft_locft import EditConfig, EditTrainer, LocFTConfig
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "phi3", "mistral"]
 PROMPTS = ["What is the capital of France?", "Who wrote Hamlet?", "Rocks are made of", "The language of Rome is"]
-TEXTS = ["The sea was seen by many people in the year when the war had ended.", "Rain falls on the grass of the hills."]
+TEXTS = [
+    "The sea was seen by many people in the year when the war had ended.",
+    "Rain falls on the grass of the hills.",
+]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

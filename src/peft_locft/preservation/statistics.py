@@ -243,8 +243,8 @@ def output_statistics(
                 drawn = torch.multinomial(log_probs.detach().exp().flatten(0, 1), 1, generator=generator)
                 said = log_probs.gather(-1, drawn.view(*ids.shape, 1)).squeeze(-1)
                 for name, gradient in zip(taps, torch.autograd.grad((said * mask).sum(), list(taps.values()))):
-                    # All later tokens look at the first one, whatever it is; those of padding have no gradient.
                     gradient = gradient.reshape(*ids.shape, -1)  # OPT's modules have its first two dimensions in one
+                    # All later tokens look at the first one, whatever it is; those of padding have no gradient.
                     g = gradient[:, 1:].flatten(0, 1).float()  # (batch * (seq - 1), out_features)
                     moment = g.T @ g
                     sums[name] = sums[name] + moment if name in sums else moment

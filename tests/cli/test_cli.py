@@ -217,6 +217,11 @@ def test_evaluate_in_several_contexts(command, edited):
     done = command("evaluate", "--adapter", edited.folder, "--contexts", "bare", "question", "--output", "scores")
     assert done.code == 0, done.err
     assert "After, by context" in done.out
+    before = (edited.folder / "edit_results.json").read_text()
+    done = command("evaluate", "--adapter", edited.folder, "--contexts", "question")
+    assert done.code == 0, done.err
+    assert "The adapter's own results, in the contexts bare, stay as they are, and so does its card" in done.out
+    assert (edited.folder / "edit_results.json").read_text() == before
     done = command("evaluate", "--adapter", edited.folder, "--contexts", "bare", "quiz")
     assert done.code == 2
     assert "the contexts are ['bare', 'quiz'], expected some of 'bare', 'question', 'chat', 'prefix'" in done.err
@@ -257,6 +262,11 @@ def test_ask_takes_another_base_model_and_length(command, edited, model_folder, 
     arguments = ["--model", model_folder, "--max_new_tokens", "2", "The capital of Mongolia is"]
     ((_, start, _),) = cells(command("ask", "--adapter", "copy", *arguments).out, "The capital of Mongolia is")
     assert len(start) < len(base)
+
+
+def test_ask_refuses_an_answer_of_no_length(command, edited):
+    done = command("ask", "--adapter", edited.folder, "--max_new_tokens", "0", "The capital of Mongolia is")
+    assert done.code == 2 and "`--max_new_tokens` is 0, expected at least 1" in done.err
 
 
 def test_tables_show_text_as_it_is(capsys, monkeypatch):

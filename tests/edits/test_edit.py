@@ -194,3 +194,13 @@ def test_lone_surrogate_is_a_fault_because_no_file_can_hold_it(changes, name, ch
     assert start == f"`{name}` has a lone surrogate at character {character}"
     assert "\\ud" in value.lower() and value.endswith("')")
     fault.encode()  # the message itself can be printed
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rephrases", "Tell A"), ("locality", Probe("Tell A", "b")), ("portability", Probe("Tell A", "b"))],
+)
+def test_what_is_trained_on_is_not_scored(name, value):
+    assert faults_of(train_rephrases=["Say A", "Tell A"], **{name: [value]}) == [
+        f"`train_rephrases[1]` ('Tell A') is one of `{name}` too: what is trained on cannot be scored, leave it out of one of them"
+    ]

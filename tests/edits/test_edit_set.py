@@ -148,6 +148,14 @@ def test_merge_keeps_the_probes_of_both_once():
     )
 
 
+@pytest.mark.parametrize(
+    "scored", [{"rephrases": ["Tell A"]}, {"locality": ["Tell A"]}, {"portability": [Probe("Tell A", "c")]}]
+)
+def test_merge_does_not_train_on_what_one_record_scores(scored):
+    trained = Edit("A is", "b", train_rephrases=["Tell A", "Say A"])
+    assert merge_probes(trained, Edit("A is", "b", **scored)).train_rephrases == ("Say A",)
+
+
 def test_merge_takes_subject_and_source_from_where_they_are():
     bare, told = Edit("A is", "b"), Edit("A is", "b", subject="A", source="s")
     assert merge_probes(bare, told) == merge_probes(told, bare) == told

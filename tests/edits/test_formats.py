@@ -291,3 +291,22 @@ def test_knowedit_wikibio():
     assert load_one(record) == Edit(
         record["text"], record["labels"], subject="john russell reynolds", locality=[Probe("His gender is", "male")]
     )
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"src": "A is", "alt": "b"},
+        {"prompt": "A is", "target_new": "b"},
+        {"requested_rewrite": {"prompt": "{} is", "subject": "A", "target_new": "b"}},
+        {"update": "A is", "ans": "b"},
+        {"text": "A is", "labels": "b"},
+        {"prompt": "A is", "completion": "b"},
+    ],
+    ids=lambda record: " ".join(record),
+)
+def test_every_format_may_have_training_rephrases(record):
+    (edit,) = load_edits([record | {"train_rephrases": ["Tell A:"]}])
+    assert (edit.prompt, edit.target, edit.train_rephrases) == ("A is", "b", ("Tell A:",))
+    (edit,) = load_edits([record | {"train_rephrases": None}])
+    assert edit.train_rephrases == ()

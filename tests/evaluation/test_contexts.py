@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from preserved import KEPT
 
 from peft_locft import Edit, EditConfig, EditResults, EditSet, EditTrainer, LocFTConfig, evaluate_edits, load_results
 from peft_locft.cli.tables import print_results
@@ -64,6 +65,22 @@ def test_a_chat_needs_a_template(make_model, tokenizer, edits, tmp_path):
     with pytest.raises(ValueError, match="the contexts have 'chat'"):  # before anything is trained
         args = EditConfig(output_dir=str(tmp_path), eval_contexts=["bare", "chat"])
         EditTrainer(model=make_model(), args=args, train_dataset=edits, processing_class=tokenizer)
+
+
+def test_a_template_that_takes_no_turn_of_the_user_alone(make_model, chatty, edits, tmp_path):
+    needing = copy.deepcopy(chatty)
+    needing.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('System role needed') }}{% endif %}" + TEMPLATE
+    )
+    message = (
+        r"does not take one turn of the user alone \(System role needed\).*: leave the context 'chat' out, or set"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_contexts(["chat"], needing)
+    args = EditConfig(output_dir=str(tmp_path), contexts=3, num_train_epochs=4, report_to="none", **KEPT)
+    trainer = EditTrainer(make_model(), args, edits, processing_class=needing, peft_config=LocFTConfig(layers=[1]))
+    with pytest.warns(UserWarning, match="edits are not trained as turns of a chat: .*System role needed"):
+        trainer.train()
 
 
 @pytest.fixture(scope="module")

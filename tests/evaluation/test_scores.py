@@ -113,18 +113,20 @@ def test_evaluate_takes_other_edits_and_several_sets(trained, edits):
     assert load_results(trained.args.output_dir).after["reliability"] == 1.0
 
 
-def test_evaluation_while_training(make_model, tokenizer, edits, tmp_path):
+@pytest.mark.parametrize(("asked", "questions"), [(3, 9), (None, 24)])
+def test_evaluation_while_training(make_model, tokenizer, edits, tmp_path, asked, questions):
     trainer = EditTrainer(
         model=make_model(),
         args=EditConfig(
             output_dir=str(tmp_path), num_train_epochs=2, eval_strategy="epoch", save_strategy="no", disable_tqdm=True
         ),
         train_dataset=edits,
-        eval_dataset=edits[:3],
+        eval_dataset=edits[:asked] if asked else None,
         processing_class=tokenizer,
     )
     trainer.train()
     assert sum("eval_reliability" in entry for entry in trainer.state.log_history) == 2
+    assert len(trainer.results.rows) == questions
 
 
 def test_results_are_saved_and_read(trained, tmp_path):

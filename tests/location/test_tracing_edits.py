@@ -1,9 +1,11 @@
 """Many facts: averages by role, what is left out, the file and the picture, and the proposed layers."""
 
+import copy
 import json
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from peft_locft import Edit, EditSet
 from peft_locft.location import (
@@ -154,7 +156,12 @@ def test_what_cannot_be_traced_is_left_out_and_counted(make_model, tokenizer, fa
         Edit("The capital of Peru is", "Lima", subject=" ", id="blank"),
         Edit("The capital of Peru is", "Lima", subject="peru", id="elsewhere"),
         Edit("The capital of Cuba is", "Havana", subject="Cuba", id="unknown"),
+        Edit("Where is \u200b?", "Havana", subject="\u200b", id="dropped"),
+        Edit(f"{'The capital of ' * 40}Cuba is", "Havana", subject="Cuba", id="long"),
     ]
+    model.config.max_position_embeddings = 100
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
     found = trace_edits(model, tokenizer, edits, answers="target", copies=2, show_progress=False)
     reasons = {row["id"]: row["left_out"] for row in found.rows}
     assert reasons == {
@@ -163,8 +170,16 @@ def test_what_cannot_be_traced_is_left_out_and_counted(make_model, tokenizer, fa
         "blank": "no subject",
         "elsewhere": "subject not in the prompt",
         "unknown": "answer not known to the model",
+        "dropped": "no token of the prompt stands for the subject",
+        "long": "prompt longer than the model's context",
     }
-    assert found.left_out == {"no subject": 2, "subject not in the prompt": 1, "answer not known to the model": 1}
+    assert found.left_out == {
+        "no subject": 2,
+        "subject not in the prompt": 1,
+        "answer not known to the model": 1,
+        "no token of the prompt stands for the subject": 1,
+        "prompt longer than the model's context": 1,
+    }
     assert (found.num_facts, found.rows[1]["clean"]) == (1, None)
 
 

@@ -101,7 +101,9 @@ def test_statistics_travel_through_a_file_of_their_own(outputs, tmp_path):
     again = OutputStatistics.load(tmp_path)
     assert again.tokens == outputs.tokens and set(again) == set(outputs)
     assert all(torch.equal(again[name], outputs[name]) for name in again)
-    with pytest.raises(ValueError, match="has no input_statistics.safetensors, expected what `InputStatistics.save`"):
+    with pytest.raises(
+        ValueError, match="has no input_statistics.safetensors, expected that of a run with `projector`"
+    ):
         InputStatistics.load(tmp_path)
 
 

@@ -216,7 +216,9 @@ def test_a_checkpoint_of_other_projectors_is_refused(peft_model, statistics, tmp
 
 
 def test_missing_statistics_are_named(tmp_path):
-    with pytest.raises(ValueError, match="has no input_statistics.safetensors, expected what `InputStatistics.save`"):
+    with pytest.raises(
+        ValueError, match="has no input_statistics.safetensors, expected that of a run with `projector`"
+    ):
         InputStatistics.load(tmp_path)
 
 

@@ -224,6 +224,17 @@ def test_what_is_to_be_kept_is_asked_once(search, args, monkeypatch):
     assert (one.scores, len(made)) == (results.rows[-1].scores, 1)
 
 
+def test_what_is_held_to_is_no_edit_of_a_later_rung(search, args, edits, monkeypatch):
+    asked, make = [], preserving.make_anchors
+    monkeypatch.setattr(
+        preserving, "make_anchors", lambda *given, **settings: asked.extend(given[2]) or make(*given, **settings)
+    )
+    kept = {"preservation_prompts": [*(edit.prompt for edit in edits), "Where is Peru?"], "preservation_texts": TEXTS}
+    assert max(row.rung for row in search(args=args(kl_weight=1.0, **kept), rungs=2).rows) == 2
+    assert any("Where is Peru?" in prompt for prompt in asked)
+    assert not any(edit.prompt in prompt for edit in edits for prompt in asked)
+
+
 def test_what_has_no_effect_may_change(search, args, tmp_path):
     options = {"layers": [1], "groups": ["down"], "output_dir": tmp_path / "search"}
     first = search(**options)

@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig
 
-from peft_locft import LocFTConfig
+from peft_locft import Edit, EditSet, LocFTConfig
 from peft_locft.trainer.batches import EditCollator, pack
 from peft_locft.trainer.data import tokenize_edits
 from peft_locft.trainer.exactness import Shortcuts, exact_shortcuts
@@ -100,6 +100,17 @@ def test_a_model_that_cannot_tell_packed_edits_apart_gets_one_to_a_row(architect
     model = make_model("opt") if architecture == "opt" else AutoModelForCausalLM.from_config(config).eval()
     dataset = tokenize_edits(edits, tokenizer, None)
     assert not exact_shortcuts(model, dataset, 0, True, Shortcuts(packed=True)).packed
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_packing_is_tried_where_no_two_edits_fit_a_row(architecture, count, make_model, tokenizer):
+    # Of their shorter forms, and of what is preserved beside them, several do.
+    edits = EditSet(Edit(f"{'the capital of Peru is ' * 30}{number}", "Lima") for number in range(count))
+    dataset = tokenize_edits(edits, tokenizer, None)
+    assert min(map(len, dataset["input_ids"])) > 64
+    model = make_model(architecture, max_position_embeddings=2048)
+    assert exact_shortcuts(model, dataset, 0, True, Shortcuts(packed=True)).packed == (architecture == "llama")
 
 
 def test_a_model_whose_packed_losses_differ_gets_one_to_a_row(make_model, tokenizer, edits):

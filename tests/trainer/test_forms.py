@@ -39,6 +39,20 @@ def test_an_epoch_visits_every_edit_once_in_one_of_its_forms(make_trainer, token
         assert f"Question: {edit.prompt}\nAnswer:{end}" in texts
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["秘鲁是南美洲的一个国家，首都是利马。" * 40, "ประเทศเปรูอยู่ในทวีปอเมริกาใต้มีเมืองหลวงชื่อลิมา" * 40],
+    ids=["Chinese", "Thai"],
+)
+def test_a_few_words_of_a_text_without_spaces_are_a_few_letters(text):
+    prompt = "利马在哪里？"
+    forms = [form for seed in range(8) for form in contexts_of(Edit(prompt, "秘鲁"), 4, [text], None, seed)]
+    behind = [form for form in forms if form.endswith(f". {prompt}")]
+    assert behind and all(len(form) <= len(prompt) + 2 + 40 for form in behind)
+    assert all(text.startswith(form.removesuffix(f". {prompt}")) for form in behind)
+    assert every_way(prompt, None, [text], 0)[1] == "利马在哪里"
+
+
 def in_fewer_words(edit, seeds):
     places = (2, 3, 4) if is_question(edit.prompt) else (2, 4)  # at the others, there is a question, or text before
     return [contexts_of(edit, 5, TEXTS, None, seed)[place] for seed in range(seeds) for place in places]
@@ -267,12 +281,13 @@ def test_a_probe_that_is_another_edits_prompt_is_told(make_trainer):
             Edit("The king of Peru is", "Lima", rephrases=["Who rules Cuba?"], id="first"),
             Edit("Who rules Cuba?", "Oslo", locality=[{"prompt": "Who rules Spain?"}]),
             Edit("The king of Chile is", "Oslo", rephrases=["Who is king there?"]),
+            Edit("Who rules Fiji?", "Suva", rephrases=["Who rules Fiji?"], id="last"),
         ]
     )
     with pytest.warns(UserWarning) as told:
         make_trainer(train_dataset=edits)
     assert [str(warning.message) for warning in told if "scored" in str(warning.message)] == [
-        "1 of the edits' rephrases and probes are trained on as other edits' prompts, and say nothing about what was not trained: "
-        "[\"'Who rules Cuba?' of first\"]. Leave them out to be scored on the others alone"
+        "2 of the edits' rephrases and probes are trained on as prompts of edits, and say nothing about what was not trained: "
+        "[\"'Who rules Cuba?' of first\", \"'Who rules Fiji?' of last\"]. Leave them out, to be scored on the others alone"
     ]
-    make_trainer(train_dataset=edits[1:])  # which no warning of ours passes
+    make_trainer(train_dataset=edits[1:3])  # which no warning of ours passes

@@ -127,7 +127,7 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
     others = [Edit("Where is Lima?", "Peru", subject="Lima"), Edit("It lies in", "Chile", subject="Quito")]
     mixed = settings(down, EditSet([*edits, *others]), recipe="careful")
     assert mixed.learning_rate == pytest.approx((1 + 0.1 * 8 / 10) * (10 / 25) ** (1 / 3) * careful)
-    for count, factor in ((25, 0.85), (100, 0.85), (800, 0.85 / 2)):
+    for count, factor in ((25, 0.85), (100, 0.85), (400, 0.85 / 2)):
         many = EditSet(Edit(f"The number {number} is", "odd") for number in range(count))
         assert settings(down, many, recipe="careful").learning_rate == pytest.approx(factor * 5e-4 * 14336 / 128)
         assert settings(down, many).learning_rate == pytest.approx(5e-4 * 14336 / 128)
@@ -150,6 +150,25 @@ def test_automatic_batch_size(num_edits, parallel, size, careful):
 
     assert automatic_batch_size(num_edits, parallel) == size
     assert automatic_batch_size(num_edits, parallel, MOST_EDITS["careful"]) == careful
+
+
+def test_one_process_takes_one_of_several_gpus(make_model, tokenizer, edits, tmp_path):
+    args = EditConfig(output_dir=str(tmp_path), report_to="none")
+    args._n_gpu = 4  # as on a machine that has them
+    with pytest.warns(UserWarning, match="one process has 4 GPUs, of which only the first is used: start one process"):
+        trainer = EditTrainer(make_model(), args, edits[:4], processing_class=tokenizer)
+    assert (trainer.args.n_gpu, trainer.args.train_batch_size, args.n_gpu) == (1, 2, 4)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_start_that_changes_the_base_model_is_refused(make_model, tokenizer, edits, tmp_path, start, wrapped):
+    config = LoraConfig(target_modules=["down_proj"], init_lora_weights=start)
+    model, config = (get_peft_model(make_model(), config), None) if wrapped else (make_model(), config)
+    with pytest.raises(
+        ValueError, match=f"`init_lora_weights` is '{start}', which changes the base model's own weights"
+    ):
+        EditTrainer(model, EditConfig(output_dir=str(tmp_path)), edits, processing_class=tokenizer, peft_config=config)
 
 
 def test_careful_takes_smaller_batches(make_model, tokenizer, edits, tmp_path):

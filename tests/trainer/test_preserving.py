@@ -183,8 +183,8 @@ def test_a_folder_without_the_statistics_of_outputs_is_named(make_trainer, tmp_p
     with pytest.raises(ValueError) as raised:
         make_trainer(projector=0.3, output_projector=0.3, statistics=str(tmp_path / "given"), **KEPT).train()
     assert str(raised.value) == (
-        f"the folder {tmp_path / 'given'} has no output_statistics.safetensors, expected what `OutputStatistics.save` writes: "
-        "compute them, or leave `statistics` out to have all computed"
+        f"the folder {tmp_path / 'given'} has no output_statistics.safetensors, expected that of a run with `output_projector`, "
+        "or what `OutputStatistics.save` writes: leave `statistics` out to have them computed, or turn `output_projector` off"
     )
 
 

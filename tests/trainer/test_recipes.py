@@ -1,8 +1,9 @@
 """The recipes: where they train, and how."""
 
 import pytest
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, MixtralConfig
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, MixtralConfig
 
 from peft_locft import Edit, EditConfig, EditSet, EditTrainer, LocFTConfig
 from peft_locft.trainer import recipes
@@ -26,6 +27,7 @@ def test_recipes_choose_place_and_terms(make_trainer, make_model, tokenizer, edi
     else:
         assert isinstance(config, LocFTConfig)
         assert {name: getattr(args, name) for name in TERMS[:5]} == {name: RECIPES[recipe][name] for name in TERMS[:5]}
+        assert config.reason
     if recipe == "paper":
         assert config.layers == LocFTConfig.recommended(make_model()).layers
 
@@ -59,6 +61,33 @@ def test_careful_takes_steps_enough_for_few_edits(make_model, tokenizer, edits, 
     assert EditTrainer(make_model(), later, edits[:num_edits], processing_class=tokenizer).args.num_train_epochs == 4
 
 
+@pytest.mark.parametrize(
+    ("settings", "num_edits", "epochs", "weight"),
+    [
+        ({"recipe": "careful", "subject_focus": 0.0}, 100, 60, 0.5),
+        ({"recipe": "careful", "subject_focus": 0.0}, 1600, 120, 0.5 * 2.3),
+        ({"recipe": "careful"}, 1600, 180, 0.5 * 2.3),  # beginnings of sentences
+        ({"recipe": "careful", "kl_weight": 0.5, "num_train_epochs": 60}, 1600, 60, 0.5),
+        ({"recipe": "locaedit"}, 1600, 25, 1.0),
+        ({}, 1600, 25, 0.0),
+    ],
+)
+def test_careful_takes_many_edits_slowly(make_model, tokenizer, tmp_path, settings, num_edits, epochs, weight):
+    many = EditSet(Edit(f"The number {number} is", "odd", subject=f"number {number}") for number in range(num_edits))
+    args = EditConfig(output_dir=str(tmp_path), report_to="none", **settings)
+    place = LocFTConfig(layers=[1])
+    for _ in range(2):  # the caller's settings are not changed by it, so that they serve again
+        trainer = EditTrainer(make_model(), args, many, processing_class=tokenizer, peft_config=place)
+        assert (trainer.args.num_train_epochs, trainer.args.kl_weight) == (epochs, pytest.approx(weight))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_edits", "decay"), [("careful", 100, 8), ("careful", 1600, 16), ("paper", 1600, 0)]
+)
+def test_many_edits_decay_more(recipe, num_edits, decay):
+    assert recipes.automatic_decay(recipe, num_edits, rate=1e-3, steps=400) == decay
+
+
 def test_an_unknown_recipe_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`recipe` is 'bold', expected one of 'paper', 'careful', 'locaedit'"):
         EditConfig(output_dir=str(tmp_path), recipe="bold")
@@ -76,9 +105,9 @@ def test_the_careful_band_is_early_and_never_empty():
     [
         (
             "careful",
-            "give `projector=0`, `output_projector=0` and `subject_focus=0`, or a `peft_config` of linear modules",
+            "give `projector=0`, `output_projector=0` and `subject_focus=0`, or a place among linear modules, such as attention's",
         ),
-        ("locaedit", "give a `peft_config`, or take another recipe"),
+        ("locaedit", "take another recipe, or in Python a `peft_config`"),
     ],
 )
 def test_fused_experts_are_told_by_the_recipe(tokenizer, edits, recipe, message):
@@ -89,6 +118,26 @@ def test_fused_experts_are_told_by_the_recipe(tokenizer, edits, recipe, message)
         recipe_config(recipe, model, tokenizer, edits, True, False)
     if recipe == "careful":
         assert recipe_config(recipe, model).target_modules == {"mlp.experts.down_proj"}
+
+
+def test_locaedit_leaves_other_towers_alone(tokenizer, monkeypatch):
+    text = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    config = Gemma3Config(text_config=text | {"head_dim": 16}, vision_config=vision)
+    model = Gemma3ForConditionalGeneration(config)
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.mlp.down_proj = torch.nn.Linear(48, 32)  # called as in the text model, as Qwen2.5-VL's are
+    monkeypatch.setattr(recipes, "trace_edits", lambda *args, **settings: None)
+    monkeypatch.setattr(recipes, "layers_from_tracing", lambda results: [1])
+    lora = recipe_config("locaedit", model, tokenizer, EditSet([Edit("Peru is in", "Asia", subject="Peru")]))
+    adapted = {
+        name
+        for name, module in get_peft_model(model, lora).base_model.model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert adapted == {"model.language_model.layers.1.mlp.down_proj"}
 
 
 def test_locaedit_needs_subjects(make_model, tokenizer):

@@ -187,6 +187,34 @@ def test_prompts_are_made_up_of_the_kind_that_the_edits_are(
     assert set(args.preservation_prompts[len(expected) :]) == {prompt.format("Ada Lovelace") for prompt in begun}
 
 
+def test_few_prompts_of_the_models_own_are_told(make_trainer, monkeypatch):
+    monkeypatch.setattr(samples, "sample_questions", lambda *args: ["Who was king?"] * 3)
+    monkeypatch.setattr(samples, "sample_statements", lambda *args: [])
+    with pytest.warns(
+        UserWarning, match="of 1000 prompts to be held to, the model made up only 3 that make sense: give"
+    ):
+        make_trainer(kl_weight=1.0, num_train_epochs=1, preservation_texts=TEXTS).train()
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ({"statistics": "folder"}, {"output_projector": 0.3}),
+        ({"preservation_prompts": QUESTIONS}, {"kl_weight": 1.0}),
+        ({"preservation_texts": TEXTS}, {"contexts": 2}),
+        ({"preservation_texts": TEXTS}, {"recipe": "careful"}),
+    ],
+)
+def test_what_nothing_uses_is_told(tmp_path, given, used, recwarn):
+    (name,) = given
+    EditConfig(str(tmp_path), **given, **used)
+    assert not [one for one in recwarn if "nothing that uses it is on" in str(one.message)]
+    with pytest.warns(
+        UserWarning, match=f"`{name}` is given, and nothing that uses it is on: give a recipe that does"
+    ):
+        EditConfig(str(tmp_path), **given)
+
+
 def test_texts_are_lines_or_paragraphs(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\ufeffOne.\nTwo.\n\n", encoding="utf-8")
@@ -210,13 +238,14 @@ def test_a_prompt_of_marks_alone_stays(make_trainer):
     make_trainer(kl_weight=1.0, num_train_epochs=1, **KEPT | {"preservation_prompts": ["Why?", "???"]}).train()
 
 
-def test_what_the_arguments_name_in_the_output_folder_is_kept(make_trainer, tmp_path):
+@pytest.mark.parametrize("named", ["run/preservation", "run"])
+def test_what_the_arguments_name_in_the_output_folder_is_kept(make_trainer, tmp_path, named):
     folder = tmp_path / "run" / "preservation"
     InputStatistics({"model.layers.1.mlp.down_proj": torch.eye(128)}, 1).save(folder)
     OutputStatistics({"model.layers.1.mlp.down_proj": torch.eye(64)}, 1).save(folder)
     (folder / "questions.txt").write_text("\n".join(QUESTIONS))
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
-    given = {"statistics": str(folder), "preservation_prompts": str(folder / "questions.txt")}
+    given = {"statistics": str(tmp_path / named), "preservation_prompts": str(folder / "questions.txt")}
     make_trainer(projector=0.1, output_projector=0.1, kl_weight=1.0, num_train_epochs=1, **KEPT | given).train()
     assert {name: (folder / name).read_bytes() for name in kept} == kept
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from preserved import KEPT
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from peft_locft import LocFTConfig, merge_report
+from peft_locft import EditConfig, EditTrainer, LocFTConfig, merge_report, search_locations
 from peft_locft.tuner import LocFTLinear
+from peft_locft.tuner.quantization import keep_in_order
 
 
 IDS = torch.arange(24).view(2, 12)
@@ -269,6 +271,46 @@ def test_a_refusal_in_the_last_layer_leaves_all_layers_alone(method, safe_merge,
     )
     assert all(torch.equal(layer.get_base_layer().weight, weight) for layer, weight in zip(layers, before))
     assert not any(layer.merged for layer in layers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_pass_a_model_that_was_used_before(kind, load):
+    """On a CPU with AVX512-BF16, bitsandbytes stores 4 bits for use in a way that knows no gradients."""
+    model = load(kind)
+
+    def gradient() -> torch.Tensor:
+        embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=embedded).logits.logsumexp(-1).sum().backward()
+        return embedded.grad
+
+    expected = gradient()
+    with torch.no_grad():
+        model(IDS)
+    keep_in_order(model)
+    with torch.no_grad():
+        model(IDS)
+    found = gradient()
+    assert expected.norm() > 0.1
+    # The other order rounds the scales, so that not all is as it was.
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_model_is_edited_by_careful_and_searched(kind, load, tokenizer, edits, tmp_path, recwarn):
+    settings = {"report_to": "none", "prefix_cache_memory": 0, "disable_tqdm": True, **KEPT}
+    args = EditConfig(str(tmp_path / "run"), recipe="careful", num_train_epochs=13, **settings)
+    model = load(kind)
+    with torch.no_grad():
+        model(IDS)
+    trainer = EditTrainer(model, args, edits, processing_class=tokenizer, peft_config=LocFTConfig(layers=[1]))
+    trainer.train()
+    if kind != "bnb 8bit":  # which rounds an edit by what stands beside it
+        assert not [str(one.message) for one in recwarn if "prefix cache is off" in str(one.message)]
+    (delta,) = (layer.locft_delta for layer in trainer.model.modules() if isinstance(layer, LocFTLinear))
+    assert delta["default"].weight.norm() > 0
+    args = EditConfig(str(tmp_path / "searched"), num_train_epochs=1, **settings)
+    options = {"layers": [1], "groups": ["down"], "rungs": 1, "output_dir": tmp_path / "places"}
+    assert len(search_locations(load(kind), edits, tokenizer=tokenizer, args=args, **options).rows) == 1
 
 
 def test_a_model_quantised_with_torchao_by_hand_refuses_merging_and_still_runs(make_model):

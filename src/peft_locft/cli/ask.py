@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"unknown options {unknown}: see `locft ask --help`")
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise ValueError('there is nothing to ask: give one or more prompts, such as "The capital of Kazakhstan is"')
+    if options.max_new_tokens < 1:
+        raise ValueError(f"`--max_new_tokens` is {options.max_new_tokens}, expected at least 1")
     prompts = [prompt.rstrip() for prompt in prompts]
     model, tokenizer = load_adapter(options.adapter, options.model)
 

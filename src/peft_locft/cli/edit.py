@@ -77,7 +77,9 @@ def main(arguments: list[str]) -> None:
     print_results(trainer.results)
     settings = trainer.results.settings
     if settings["reason"]:
-        print(f"Edited layer {settings['layers'][0]}, {settings['target_modules'][0]}: {settings['reason']}.")
+        first, *others = settings["layers"]
+        layers = f"layers {first} to {others[-1]}" if others else f"layer {first}"
+        print(f"Edited {layers}, {settings['target_modules'][0]}: {settings['reason']}.")
     print(
         f"Trained {settings['epochs']} epochs in {trainer.results.times['train']:.0f} s. "
         f"The adapter, its ledger, card and results are in {options.output}."

@@ -65,6 +65,13 @@ def main(arguments: list[str]) -> None:
         # The run's own settings and losses stay: only the answers are new. The summary alone is read, because an
         # adapter that PEFT itself saved has no table of answers.
         earlier = json.loads((Path(output) / RESULTS_NAME).read_text(encoding="utf-8"))
+        asked = list(earlier.get("contexts") or CONTEXTS[:1])
+        if options.output is None and set(asked) != set(options.contexts):
+            print(
+                f"The adapter's own results, in the contexts {', '.join(asked)}, stay as they are, and so does its card: give "
+                "`--output` to write these."
+            )
+            return
         results.settings, results.epoch_losses = earlier["settings"], earlier["epoch_losses"]
         results.times = {**earlier["times"], **results.times}
     results.save(output)

@@ -21,8 +21,10 @@ from .checks import check_model, check_output
 
 
 _SHOWN = 10
+# Of as small a share of the edits that were learned at the best place, there is something to be told.
+_LEARNED = 0.5
 # What a run has of its own, or a command should not show.
-_OF_THE_SEARCH = ("recipe", "output_dir", "learning_rate", "hub_token")
+_OF_THE_SEARCH = ("recipe", "output_dir", "hub_token")
 
 
 @dataclass
@@ -147,10 +149,17 @@ def _print(results: SearchResults, options: SearchArguments, passed_on: list[str
     console.print(table)
     learned, kept = results.pareto_axes()
     best = ranked[0]
+    if (reliability := best.scores.get("reliability", 1.0)) < _LEARNED:
+        console.print(
+            f"The best place learned only {reliability:.0%} of the edits, so that this tells little: give more "
+            "`--num_train_epochs`, or another `--learning_rate`.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     command = ["locft", "edit", "--model", options.model, "--edits", options.edits, "--output", "OUTPUT"]
     command += ["--on_conflict", options.on_conflict] if options.on_conflict != "raise" else []
-    command += ["--layers", str(best.layer), "--target_modules", best.module]
-    command += ["--learning_rate", f"{best.learning_rate:.4g}", *passed_on]
+    command += ["--layers", str(best.layer), "--target_modules", best.module, *passed_on]
     for line in (
         f"*: of the last rung, no place has a better {learned} without a worse {kept}.",
         f"The searched places took {sum(row.seconds for row in results.rows):.0f} s. The results are in {options.output}.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 
@@ -45,11 +46,14 @@ def check_contexts(contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase |
         raise ValueError(
             f"the contexts are {contexts!r}, expected some of {', '.join(map(repr, CONTEXTS))}, each once"
         )
-    if "chat" in contexts and tokenizer is not None and tokenizer.chat_template is None:
+    if "chat" not in contexts or tokenizer is None:
+        return
+    if tokenizer.chat_template is None:
         raise ValueError(
             "the contexts have 'chat', but the tokenizer has no chat template: leave 'chat' out, or take the tokenizer "
             "of a model for chats"
         )
+    chat_form(tokenizer)
 
 
 def in_context(prompt: str, context: str, chat: str | None = None) -> str:
@@ -85,11 +89,20 @@ def chat_form(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
     Returns:
         `str` or `None`: `None` if the tokenizer has no template. Some templates write the date: a run keeps what it got.
+
+    Raises:
+        `ValueError`: If its template does not take one turn of the user alone.
     """
     if tokenizer.chat_template is None:
         return None
     turn = [{"role": "user", "content": _PLACE}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer's chat template does not take one turn of the user alone ({error}), in which a prompt is put: leave the "
+            "context 'chat' out, or set `tokenizer.chat_template` to one that takes it"
+        ) from error
     # A template that writes BOS is encoded by a tokenizer that adds it too.
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text

@@ -100,18 +100,22 @@ class Edit:
             for i, value in enumerate(train_rephrases)
             if value != value.rstrip()
         ]
-        faults += [
-            f"`train_rephrases[{i}]` ({_short(value)}) is one of `rephrases` too: what is trained on cannot be scored, "
-            "leave it out of one of them"
-            for i, value in enumerate(train_rephrases)
-            if value in rephrases
-        ]
         locality = _probes(self.locality, "locality", faults)
         portability = _probes(self.portability, "portability", faults)
         faults += [
             f"`portability[{i}]` has no answer: give the answer that follows from the edit"
             for i, probe in enumerate(portability)
             if probe.answer is None
+        ]
+        scored = dict.fromkeys(rephrases, "rephrases")
+        scored |= {probe.prompt: "portability" for probe in portability} | {
+            probe.prompt: "locality" for probe in locality
+        }
+        faults += [
+            f"`train_rephrases[{i}]` ({_short(value)}) is one of `{scored[value]}` too: what is trained on cannot be scored, "
+            "leave it out of one of them"
+            for i, value in enumerate(train_rephrases)
+            if value in scored
         ]
         if faults:
             raise EditError(faults)

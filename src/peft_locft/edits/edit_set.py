@@ -78,11 +78,12 @@ class EditSet(RowSequence[Edit]):
         return hash((len(self), *self[:1]))  # of all edits, it would take seconds
 
     def __repr__(self) -> str:
-        counts = dict.fromkeys(("rephrases", *_PROBE_FIELDS), 0)
+        counts = dict.fromkeys(_LIST_FIELDS, 0)
         for row in iter_rows(self._data.select_columns(list(counts))):
             for name in counts:
                 counts[name] += len(row[name])
-        return f"EditSet({len(self)} edits, " + ", ".join(f"{n} {name}" for name, n in counts.items()) + ")"
+        told = (f"{n} {name}" for name, n in counts.items() if n or name != "train_rephrases")
+        return f"EditSet({len(self)} edits, {', '.join(told)})"
 
     def to_records(self) -> list[dict]:
         """Return the edits as plain dictionaries with the columns of `EDIT_FEATURES`.
@@ -269,5 +270,6 @@ def merge_probes(edit: Edit, other: Edit) -> Edit:
     """
     merged = {name: tuple(dict.fromkeys(getattr(edit, name) + getattr(other, name))) for name in _LIST_FIELDS}
     # What one record scores, the other may not train on.
-    merged["train_rephrases"] = tuple(text for text in merged["train_rephrases"] if text not in merged["rephrases"])
+    scored = {*merged["rephrases"], *(probe.prompt for name in _PROBE_FIELDS for probe in merged[name])}
+    merged["train_rephrases"] = tuple(text for text in merged["train_rephrases"] if text not in scored)
     return replace(edit, subject=edit.subject or other.subject, source=edit.source or other.source, **merged)

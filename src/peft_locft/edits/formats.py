@@ -57,7 +57,10 @@ def to_fields(record: Any) -> dict:
     record = {name: value for name, value in record.items() if not _is_nan(value)}
     for shape in SHAPES:
         if all(column in record for column in shape.columns):
-            return shape.to_fields(record)
+            fields = shape.to_fields(record)
+            # A field of this project's, which others' records may have been given.
+            own = {name: record[name] for name in ("train_rephrases",) if name in record}
+            return fields | own
     if "prompt" in record or "target" in record:
         return _own(record)
     known = "; ".join(f"{shape.name}: {' and '.join(shape.columns)}" for shape in SHAPES)

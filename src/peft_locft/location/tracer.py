@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Iterable
 
@@ -70,6 +71,11 @@ class Tracer:
     def num_layers(self) -> int:
         """The number of the decoder's layers (`int`)."""
         return len(self.sites["states"])
+
+    @property
+    def context(self) -> float:
+        """How many tokens the model takes (`int`; infinite where its config does not tell)."""
+        return getattr(self.base.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
     def noise_scale(self, facts: Iterable[Fact]) -> float:
         """Return the standard deviation of the noise, which is that of the subjects' embeddings, three times.

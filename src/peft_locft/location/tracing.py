@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import Edit, load_edits
-from ..edits.tokens import encode_answers, load_tokenizer
+from ..edits.tokens import encode_answers, load_tokenizer, subject_places
 from ..tuner.temporary import evaluating
 from ..tuner.weights import base_of
 from .facts import ROLES, Fact, read_fact, roles_of
@@ -25,6 +25,8 @@ from .tracing_results import TracingResults
 
 NO_SUBJECT = "no subject"
 NOT_IN_PROMPT = "subject not in the prompt"
+NO_TOKEN = "no token of the prompt stands for the subject"
+TOO_LONG = "prompt longer than the model's context"
 NOT_KNOWN = "answer not known to the model"
 NOT_LOWERED = "noise does not lower the answer's probability"
 
@@ -113,11 +115,17 @@ def trace(
 
     Raises:
         `ValueError`: If the subject does not occur in the prompt, the answer has no token, the tokenizer is missing or
-            not fast, a number is out of range, or the model's layers are not found.
+            not fast, a number is out of range, the prompt is longer than the model's context, or the model's layers are not
+            found.
     """
     tokenizer = load_tokenizer(base_of(model)) if tokenizer is None else tokenizer
     tracer = _tracer(model, noise, copies, window, batch_size, seed)
     fact = read_fact(tokenizer, prompt, subject)
+    if len(fact.tokens) > tracer.context:
+        raise ValueError(
+            f"the prompt has {len(fact.tokens)} tokens, expected at most the {tracer.context} of the model's context: give a "
+            "shorter one"
+        )
     wanted = None
     if answer is not None:
         wanted = _first_token(tokenizer, prompt, answer)
@@ -157,8 +165,9 @@ def trace_edits(
 ) -> TracingResults:
     """Trace many facts, and average their indirect effects by the role of the token.
 
-    Facts are left out, and counted, if they have no subject or one that is not in the prompt, if the model does not
-    know them, and if the noise does not make their answers less probable.
+    Facts are left out, and counted, if they have no subject or one that is not in the prompt or has no token there, if the
+    prompt is longer than the model's context, if the model does not know them, and if the noise does not make their answers
+    less probable.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -208,7 +217,11 @@ def trace_edits(
         fact, reason = None, NO_SUBJECT
         if edit.subject and edit.subject.strip():
             reason = None if edit.subject.strip() in edit.prompt else NOT_IN_PROMPT
+            if reason is None and tokenizer.is_fast and not subject_places(tokenizer, edit.prompt, edit.subject):
+                reason = NO_TOKEN
             fact = read_fact(tokenizer, edit.prompt, edit.subject) if reason is None else None
+            if fact is not None and len(fact.tokens) > tracer.context:
+                fact, reason = None, TOO_LONG
         wanted = _first_token(tokenizer, edit.prompt, edit.target) if answers == "target" else None
         rows.append(_row(edit, reason))
         facts.append((fact, wanted))
@@ -225,7 +238,7 @@ def trace_edits(
         raise ValueError(
             f"none of the {len(rows)} facts can be traced: "
             + (", ".join(f"{count} have the reason '{reason}'" for reason, count in counts.items()) or "got no fact")
-            + ". Give facts whose subject stands in the prompt, and which the model knows"
+            + ". Give facts whose subject stands in the prompt, and which the model knows, or more `noise`"
         )
     settings = {
         "model": getattr(tracer.base.config, "_name_or_path", "") or type(tracer.base).__name__,

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 import torch
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits.tokens import encode_prompts
@@ -54,7 +55,7 @@ _BATCH = 64
 
 
 def sample_questions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0, show_progress: bool = False
 ) -> list[str]:
     """Let a model go on with a quiz: each question begins with an English question word, and ends at its question mark.
 
@@ -67,18 +68,20 @@ def sample_questions(
             How many to ask for.
         seed (`int`, *optional*, defaults to `0`):
             The seed of the sampling.
+        show_progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
 
     Returns:
         `list[str]`: The questions, at most `count`: what has no question mark and what came before is left out.
     """
     openings = [_OPENINGS[number % len(_OPENINGS)] for number in range(count)]
-    lines = _lines(model, tokenizer, _QUIZ, openings, seed)
+    lines = _lines(model, tokenizer, _QUIZ, openings, seed, "questions" if show_progress else None)
     asked = [line[: line.index("?") + 1] for line in lines if "?" in line]
     return list(dict.fromkeys(" ".join(question.split()) for question in asked))
 
 
 def sample_statements(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0, show_progress: bool = False
 ) -> list[str]:
     """Let a model go on with a list of facts, and leave the last one to three words of each sentence to be said: "Rocks are
     made of".
@@ -92,6 +95,8 @@ def sample_statements(
             How many to ask for.
         seed (`int`, *optional*, defaults to `0`):
             The seed of the sampling.
+        show_progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
 
     Returns:
         `list[str]`: The beginnings of sentences, at most `count`: what is no sentence, or too short, and what came before is
@@ -101,7 +106,7 @@ def sample_statements(
     openings = [_SUBJECTS[number % len(_SUBJECTS)].format(name) for number, name in enumerate(names)]
     choice = random.Random(seed)
     begun = []
-    for line in _lines(model, tokenizer, _FACTS, openings, seed):
+    for line in _lines(model, tokenizer, _FACTS, openings, seed, "statements" if show_progress else None):
         sentence = _SENTENCE.match(line)
         words = sentence[1].split() if sentence else []
         if len(words) > _BEGUN:
@@ -110,7 +115,12 @@ def sample_statements(
 
 
 def sample_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    seed: int = 0,
+    show_progress: bool = False,
 ) -> list[str]:
     """Let a model talk, from random words of its vocabulary on.
 
@@ -125,6 +135,8 @@ def sample_texts(
             Their length, in tokens. The model may end one earlier.
         seed (`int`, *optional*, defaults to `0`):
             The seed of the sampling.
+        show_progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
 
     Returns:
         `list[str]`: The texts.
@@ -134,7 +146,7 @@ def sample_texts(
         _BEGINNINGS[number % len(_BEGINNINGS)].format(word[0].upper() + word[1:], word)
         for number, word in enumerate(words)
     ]
-    said = _sample(model, tokenizer, beginnings, length, _TEXT_TOP_K, seed)
+    said = _sample(model, tokenizer, beginnings, length, _TEXT_TOP_K, seed, "texts" if show_progress else None)
     return [f"{beginning}{text}" for beginning, text in zip(beginnings, said)]
 
 
@@ -155,11 +167,16 @@ def _random_words(tokenizer: PreTrainedTokenizerBase, count: int, seed: int, kin
 
 
 def _lines(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, listed: str, openings: Sequence[str], seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    listed: str,
+    openings: Sequence[str],
+    seed: int,
+    kind: str | None,
 ) -> list[str]:
     """Return how a model goes on with a list, in one line from each opening on."""
     prompts = [listed + opening for opening in openings]
-    said = _sample(model, tokenizer, prompts, _LINE_TOKENS, _LINE_TOP_K, seed)
+    said = _sample(model, tokenizer, prompts, _LINE_TOKENS, _LINE_TOP_K, seed, kind)
     return [f"{opening}{text}".split("\n")[0] for opening, text in zip(openings, said)]
 
 
@@ -171,8 +188,9 @@ def _sample(
     length: int,
     top_k: int,
     seed: int,
+    kind: str | None,
 ) -> list[str]:
-    """Return what the model says behind each opening."""
+    """Return what the model says behind each opening. A progress bar tells of what `kind` that is."""
     ends = sorted(eos_token_ids(model, tokenizer))
     settings = GenerationConfig(
         do_sample=True,
@@ -188,13 +206,17 @@ def _sample(
     said = [""] * len(openings)
     devices = [model.device] if model.device.type == "cuda" else []
     # The model's own settings are for chatting: they may forbid repetition, or hardly leave a choice.
-    with plain_generation(model), torch.random.fork_rng(devices=devices):
+    progress = tqdm(total=len(openings), desc=f"Making up {kind}", disable=kind is None)
+    with plain_generation(model), torch.random.fork_rng(devices=devices), progress:
         torch.manual_seed(seed)
         for numbers in by_length.values():
             for begin in range(0, len(numbers), _BATCH):
                 chosen = numbers[begin : begin + _BATCH]
                 ids = torch.tensor([encoded[number] for number in chosen], device=model.device)
                 out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-                for number, tokens in zip(chosen, out[:, ids.shape[1] :].tolist()):
-                    said[number] = tokenizer.decode(tokens, skip_special_tokens=True)
+                for number, tokens in zip(chosen, out.tolist()):
+                    # Not the new tokens alone: Llama-2's tokenizer, and others of SentencePiece, leave out a leading space.
+                    begun = tokenizer.decode(encoded[number], skip_special_tokens=True)
+                    said[number] = tokenizer.decode(tokens, skip_special_tokens=True)[len(begun) :]
+                progress.update(len(chosen))
     return said

@@ -22,10 +22,15 @@ from ..tuner import layer_index, layers_name
 from ..tuner.temporary import evaluating
 
 
+# Where a run keeps them, in its folder.
+FOLDER_NAME = "preservation"
+
+
 class _Moments(Mapping[str, torch.Tensor]):
     """Second moments by the modules' names, which travel through a file."""
 
     file_name: str
+    term: str
 
     def __init__(self, moments: dict[str, torch.Tensor], tokens: int):
         self._moments, self.tokens = moments, tokens
@@ -54,7 +59,7 @@ class _Moments(Mapping[str, torch.Tensor]):
 
         Args:
             source (`str` or `os.PathLike`):
-                A folder, or a repository on the Hub.
+                A folder, such as that of a run, or a repository on the Hub.
 
         Returns:
             [`InputStatistics`] or [`OutputStatistics`]: The statistics.
@@ -63,11 +68,13 @@ class _Moments(Mapping[str, torch.Tensor]):
             `ValueError`: If they are not there.
         """
         folder = Path(source)
-        path = folder / cls.file_name
-        if folder.is_dir() and not path.is_file():
+        path = next(
+            (path for path in (folder / cls.file_name, folder / FOLDER_NAME / cls.file_name) if path.is_file()), folder
+        )
+        if folder.is_dir() and path == folder:
             raise ValueError(
-                f"the folder {source} has no {cls.file_name}, expected what `{cls.__name__}.save` writes: compute them, or "
-                "leave `statistics` out to have all computed"
+                f"the folder {source} has no {cls.file_name}, expected that of a run with `{cls.term}`, or what "
+                f"`{cls.__name__}.save` writes: leave `statistics` out to have them computed, or turn `{cls.term}` off"
             )
         if not folder.is_dir():
             try:
@@ -92,7 +99,7 @@ class InputStatistics(_Moments):
             How many tokens they are the mean of.
     """
 
-    file_name = "input_statistics.safetensors"
+    file_name, term = "input_statistics.safetensors", "projector"
 
 
 class OutputStatistics(_Moments):
@@ -107,7 +114,7 @@ class OutputStatistics(_Moments):
             How many tokens they are the mean of.
     """
 
-    file_name = "output_statistics.safetensors"
+    file_name, term = "output_statistics.safetensors", "output_projector"
 
 
 @torch.no_grad()

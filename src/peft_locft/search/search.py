@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..edits import EditSet, load_edits
 from ..edits.tokens import load_tokenizer
 from ..trainer import EditConfig
+from ..trainer.augmentation import without_edits
 from ..trainer.samples import fill_samples, read_texts
 from ..trainer.setup import check_decoder, load_model
 from ..trainer.state_store import weights_hash
@@ -125,6 +126,9 @@ def search_locations(
         # Read here, so that a search is told from one with another text in the same file.
         if isinstance(given := getattr(args, name), str):
             setattr(args, name, read_texts(given, name))
+    if args.preservation_prompts is not None:
+        # What is held to is asked once for all rungs, the later of which have more edits.
+        args.preservation_prompts = without_edits(args.preservation_prompts, edits) or None
     plan = plan_rungs(len(places), len(edits), math.ceil(args.num_train_epochs), rungs)
     settings = {
         "edits": _hash(edits.to_jsonl()),

@@ -19,6 +19,8 @@ _QUESTIONS_TO_A_PREFIX, _SENTENCES_TO_A_PREFIX = 4, 2
 _LEFT_OUT = 0.35
 _MOVED = 0.5
 _QUESTION_MARK = re.compile(r"\s*[?？؟]+\s*$")
+# Longer words, on the average, are sentences of a language that puts no spaces between words: so many letters stand for one.
+_LONGEST_WORD, _WORD_LETTERS = 20, 4
 _TRIES = 8
 
 
@@ -105,7 +107,7 @@ def every_way(prompt: str, chat: str | None, prefixes: Sequence[str], seed: int)
     Returns:
         `list[str]`: Four or five prompts.
     """
-    lower = prompt.lower().rstrip("?. ") or prompt
+    lower = prompt.lower().rstrip("?？؟.。 ") or prompt
     behind = _behind_text(lower, prefixes, random.Random(f"{seed} {prompt}"))
     return [prompt, lower, *_asked(prompt, chat), behind]
 
@@ -124,8 +126,12 @@ def is_question(prompt: str) -> bool:
 
 
 def _behind_text(prompt: str, prefixes: Sequence[str], choice: random.Random) -> str:
-    words = choice.choice(prefixes).split()[: choice.randint(*_PREFIX_WORDS)]
-    return f"{' '.join(words)}. {prompt}"
+    text = choice.choice(prefixes).split()
+    count = choice.randint(*_PREFIX_WORDS)
+    words = " ".join(text[:count])
+    if len(words) > _LONGEST_WORD * count:
+        words = words[: _WORD_LETTERS * count]
+    return f"{words}. {prompt}"
 
 
 def _in_other_words(edit: Edit, choice: random.Random) -> str:

@@ -32,6 +32,8 @@ class EditCollator:
             edits are trained as they come.
 
     Attributes:
+        row_width (`int`):
+            How wide a row of several edits may be, in tokens.
         resting (`torch.Tensor` of shape `(edits,)`, *optional*):
             Which edits are left out of the rows. Their losses count as they last were.
         focus (`float`):
@@ -46,6 +48,7 @@ class EditCollator:
         pool: TrainingPool | None = None,
     ):
         self.pad_token_id, self.packed, self.cache, self.pool = pad_token_id, packed, cache, pool
+        self.row_width = _ROW_WIDTH
         self.resting: torch.Tensor | None = None
         self.focus = 0.0
 
@@ -77,8 +80,8 @@ class EditCollator:
         ids = [torch.as_tensor(sequence["input_ids"], dtype=torch.long) for sequence in sequences]
         lengths = [len(sequence) for sequence in ids]
         # What is preserved has rows of its own, behind those of the edits, so that its positions come last.
-        rows = pack(lengths[:awake]) if self.packed else [[number] for number in range(awake)]
-        kept = pack(lengths[awake:]) if self.packed else [[number] for number in range(len(anchors))]
+        rows = pack(lengths[:awake], self.row_width) if self.packed else [[number] for number in range(awake)]
+        kept = pack(lengths[awake:], self.row_width) if self.packed else [[number] for number in range(len(anchors))]
         rows += [[awake + number for number in row] for row in kept]
         width = max((sum(lengths[number] for number in row) for row in rows), default=1)
         if self.packed:
@@ -127,19 +130,21 @@ _ROW_WIDTH = 128
 _MULTIPLE = 16
 
 
-def pack(lengths: Sequence[int]) -> list[list[int]]:
+def pack(lengths: Sequence[int], width: int = _ROW_WIDTH) -> list[list[int]]:
     """Share edits out among rows of nearly the same length: the longest left goes to the emptiest row.
 
     Args:
         lengths (`Sequence[int]`):
             The edits' lengths, in tokens.
+        width (`int`, *optional*, defaults to `128`):
+            How wide a row may be, in tokens, if no edit is longer.
 
     Returns:
         `list[list[int]]`: For each row, the places of its edits in `lengths`.
     """
     if not lengths:
         return []
-    rows = [(0, row, []) for row in range(-(-sum(lengths) // max(_ROW_WIDTH, *lengths)))]
+    rows = [(0, row, []) for row in range(-(-sum(lengths) // max(width, *lengths)))]
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         filled, row, members = heapq.heappop(rows)
         heapq.heappush(rows, (filled + lengths[number], row, [*members, number]))

@@ -143,7 +143,7 @@ class BreadthFirstTrainer(PublishingTrainer):
         args.weight_decay = 0.0
         if isinstance(self.model.active_peft_config, LocFTConfig):  # the factors of a LoRA are no change by themselves
             steps = args.max_steps if args.max_steps > 0 else epochs * -(-len(self.edits) // step_size(args))
-            args.weight_decay = automatic_decay(args.recipe, args.learning_rate, steps)
+            args.weight_decay = automatic_decay(args.recipe, len(self.edits), args.learning_rate, steps)
 
     def _check_projection(self, checkpoint: str) -> None:
         if self._preservation.projection is not None:

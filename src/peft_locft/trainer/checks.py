@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import TrainingArguments
@@ -18,6 +18,8 @@ from ..tuner.messages import shown
 from .augmentation import scored_prompts
 
 
+# Of LoRA, the initialisations that take out of the base weight what they put into the adapter.
+_CHANGING_STARTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 # Any of these says that a folder holds a run.
 _RUN_FILES = ("adapter_config.json", "adapter_model.safetensors", "edit_results.json", LEDGER_NAME)
 
@@ -30,9 +32,27 @@ def step_size(args: TrainingArguments) -> int:
             The arguments.
 
     Returns:
-        `int`: The edits of all devices and accumulation steps together.
+        `int`: The edits of all processes and accumulation steps together.
     """
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
+
+
+def check_start(config: PeftConfig) -> None:
+    """Refuse an adapter whose start changes the weights beside it: the unedited model would be gone.
+
+    Args:
+        config ([`~peft.PeftConfig`]):
+            Of the adapter that is to be trained.
+
+    Raises:
+        `ValueError`: If it does.
+    """
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(_CHANGING_STARTS):
+        raise ValueError(
+            f"`init_lora_weights` is {start!r}, which changes the base model's own weights, expected a start that leaves them, "
+            "such as True or 'gaussian': answers before and after, and what the model is held to, are those of the unedited model"
+        )
 
 
 def check_breadth_first(args: TrainingArguments, num_edits: int) -> None:
@@ -192,7 +212,7 @@ def check_same_place(checkpoint: Path, model: PeftModel) -> None:
 
 
 def describe_taught(edits: EditSet) -> str | None:
-    """Say which edits' probes are trained on after all, because they are the prompts of others.
+    """Say which edits' probes are trained on after all, because they are prompts of edits, their own or others.
 
     Args:
         edits ([`EditSet`]):
@@ -201,16 +221,11 @@ def describe_taught(edits: EditSet) -> str | None:
     Returns:
         `str` or `None`: One sentence, or `None` if there are none.
     """
-    trained = {text: edit.id for edit in edits for text in (edit.prompt, *edit.train_rephrases)}
-    taught = [
-        f"{prompt!r} of {edit.id}"
-        for edit in edits
-        for prompt in scored_prompts(edit)
-        if trained.get(prompt, edit.id) != edit.id
-    ]
+    trained = {text for edit in edits for text in (edit.prompt, *edit.train_rephrases)}
+    taught = [f"{prompt!r} of {edit.id}" for edit in edits for prompt in scored_prompts(edit) if prompt in trained]
     if not taught:
         return None
     return (
-        f"{len(taught)} of the edits' rephrases and probes are trained on as other edits' prompts, and say nothing about what was "
-        f"not trained: {shown(taught, 3)}. Leave them out to be scored on the others alone"
+        f"{len(taught)} of the edits' rephrases and probes are trained on as prompts of edits, and say nothing about what was "
+        f"not trained: {shown(taught, 3)}. Leave them out, to be scored on the others alone"
     )

@@ -77,9 +77,13 @@ def exact_shortcuts(
         [`Shortcuts`]: The most of them that are exact.
     """
     edits = [dataset[row] for row in range(0, len(dataset), max(len(dataset) // _TRIED, 1))][:_TRIED]
+    edits *= 2 if len(edits) == 1 else 1
 
     def losses(shortcuts: Shortcuts) -> torch.Tensor:
-        batch = EditCollator(pad_token_id, shortcuts.packed, shortcuts.cache)(edits)
+        collator = EditCollator(pad_token_id, shortcuts.packed, shortcuts.cache)
+        # Edits too long to share a row may have shorter forms that do, so that two of the longest have to fit.
+        collator.row_width = max(collator.row_width, 2 * max(len(edit["input_ids"]) for edit in edits))
+        batch = collator(edits)
         batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
         with shortcuts.taken(batch):
             return edit_losses(model, batch, keeps_logits).per_edit

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..edits import EditSet
 from ..location import layers_from_tracing, trace_edits
 from ..tuner import LocFTConfig, default_module, num_layers
+from ..tuner.weights import language_tower
 from .augmentation import subject_place
 
 
@@ -40,13 +41,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "locaedit": _PAPER | {"kl_weight": 1.0, "learning_rate": 5e-3},
 }
-# How many times the automatic rate of a LocFT adapter, up to so many edits, and how many edits make a step, at most. More edits
-# take more steps, each of which moves the rest of the model as much, and want a lower rate: with 300, the cube root reached
-# what 100 do in reliability and generalization. Behind a projector, 1,000 learned too slowly in steps of the paper's 100.
-# What is learned at a few tokens only wants a little more, and half as many epochs again (docs/log.md).
-_RATE_FACTORS, _RATE_EDITS = {"careful": 0.85}, 100
+# How many times the automatic rate of a LocFT adapter, and how many edits make a step, at most. Behind a projector, 1,000 learned
+# too slowly in steps of the paper's 100. What is learned at a few tokens only wants a little more, and half as many epochs again.
+_RATE_FACTORS = {"careful": 0.85}
 _FOCUSED_RATE, _FOCUSED_EPOCHS = 1.1, {"careful": 1.5}
 MOST_EDITS = {"careful": 25}
+# More edits than these take more steps, each of which moves the rest of the model as much: by such powers of how many times as
+# many they are, the rate falls, and epochs, decay and the weight of the KL term (twice for ten times) grow. Found with 1,000:
+# by a rate that falls as the cube root, and all else as with 100, perplexity and locality missed their aims (docs/log.md).
+_MANY = 100
+_RATE_POWER, _EPOCHS_POWER, _DECAY_POWER, _KL_POWER = -1 / 2, 1 / 4, 1 / 4, 0.3
 # The exponent of what decay would leave of a change that is there from the first step on, where the rate falls to 0 in a line.
 _DECAYED = {"careful": 1.6}
 # What 100 edits have in 60 epochs. With 5 edits, which make 3 steps an epoch, 180 were too few (docs/log.md).
@@ -112,9 +116,12 @@ def recipe_config(
             raise ValueError(
                 f"the recipe 'careful' puts projectors before and behind the MLPs' down projections, which are {module} in this "
                 "model, fused experts that they do not know, and neither does a focus on subjects: give `projector=0`, "
-                "`output_projector=0` and `subject_focus=0`, or a `peft_config` of linear modules, such as attention's"
+                "`output_projector=0` and `subject_focus=0`, or a place among linear modules, such as "
+                "attention's (`peft_config`, or `--layers` and `--target_modules`)"
             )
-        return LocFTConfig(layers=layers, target_modules=[module], task_type="CAUSAL_LM")
+        config = LocFTConfig(layers=layers, target_modules=[module], task_type="CAUSAL_LM")
+        config.set_reason("early layers, where edits hold best in other words, as the recipe 'careful' takes")
+        return config
     facts = [edit for edit in edits if subject_place(edit) is not None][:_TRACED]
     if not facts:
         raise ValueError(
@@ -130,10 +137,18 @@ def recipe_config(
     if "experts" in module:
         raise ValueError(
             f"the recipe 'locaedit' puts LoRA on the MLPs' down projections, which are {module} in this model, fused experts "
-            "that LoRA does not know: give a `peft_config`, or take another recipe"
+            "that LoRA does not know: take another recipe, or in Python a `peft_config`"
         )
+    tower = language_tower(model)
+    names = [name for name, _ in model.named_modules() if name.endswith(f".{module}")]
     return LoraConfig(
-        r=_RANK, lora_alpha=2 * _RANK, target_modules=[module], layers_to_transform=layers, task_type="CAUSAL_LM"
+        r=_RANK,
+        lora_alpha=2 * _RANK,
+        target_modules=[module],
+        layers_to_transform=layers,
+        # LoRA takes the layers of every tower, such as one for images.
+        exclude_modules=[name for name in names if tower and not name.startswith(f"{tower}.")] or None,
+        task_type="CAUSAL_LM",
     )
 
 
@@ -150,13 +165,12 @@ def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float
             whose subjects were found.
 
     Returns:
-        `float`: For `"careful"`, 0.85, and over 100 edits, that times the cube root of 100 / edits; 1.1 times as much where
-        all edits are learned at their subjects alone, and in between for a part of them. Else 1.
+        `float`: For `"careful"`, 0.85, and over 100 edits, that times the root of 100 / edits; 1.1 times as much where all
+        edits are learned at their subjects alone, and in between for a part of them. Else 1.
     """
     if recipe not in _RATE_FACTORS:
         return 1.0
-    by_focus = 1 + (_FOCUSED_RATE - 1) * focus
-    return _RATE_FACTORS[recipe] * by_focus * min(_RATE_EDITS / num_edits, 1.0) ** (1 / 3)
+    return _RATE_FACTORS[recipe] * (1 + (_FOCUSED_RATE - 1) * focus) * _by_many(recipe, num_edits, _RATE_POWER)
 
 
 def few_factor(recipe: str | None, num_edits: int) -> float:
@@ -177,25 +191,45 @@ def few_factor(recipe: str | None, num_edits: int) -> float:
     return min(num_edits / MOST_EDITS.get(recipe, 1), 1.0) ** (1 / 3)
 
 
-def automatic_decay(recipe: str, rate: float, steps: int) -> float:
+def automatic_decay(recipe: str, num_edits: int, rate: float, steps: int) -> float:
     """Return the `weight_decay` of a LocFT adapter, where the user does not say.
 
     Args:
         recipe (`str`):
             One of `RECIPES`.
+        num_edits (`int`):
+            How many edits there are.
         rate (`float`):
             The learning rate that the run begins with.
         steps (`int`):
             How many steps it takes.
 
     Returns:
-        `float`: For `"careful"`, 3.2 / (rate · steps), so that every run decays as much; with three digits. Else 0.
+        `float`: For `"careful"`, 3.2 / (rate · steps), so that every run decays as much, and over 100 edits, that times the
+        fourth root of edits / 100; with three digits. Else 0.
     """
-    return float(f"{2 * _DECAYED.get(recipe, 0.0) / (rate * steps):.3g}")
+    decayed = _DECAYED.get(recipe, 0.0) * _by_many(recipe, num_edits, _DECAY_POWER)
+    return float(f"{2 * decayed / (rate * steps):.3g}")
 
 
-def least_epochs(recipe: str, num_edits: int, step: int, focus: float = 0.0) -> int:
-    """Return how many epochs a recipe trains at least where the user does not say, so that few edits have steps enough.
+def kl_factor(recipe: str, num_edits: int) -> float:
+    """Return how many times the recipe's `kl_weight` is in force, where the user does not say.
+
+    Args:
+        recipe (`str`):
+            One of `RECIPES`.
+        num_edits (`int`):
+            How many edits there are.
+
+    Returns:
+        `float`: For `"careful"`, over 100 edits, (edits / 100) ** 0.3; with three digits. Else 1.
+    """
+    return float(f"{_by_many(recipe, num_edits, _KL_POWER):.3g}")
+
+
+def recipe_epochs(recipe: str, num_edits: int, step: int, focus: float = 0.0) -> int:
+    """Return how many epochs a recipe trains where the user does not say, so that few edits have steps enough, and many are
+    learned at a low rate.
 
     Args:
         recipe (`str`):
@@ -208,12 +242,18 @@ def least_epochs(recipe: str, num_edits: int, step: int, focus: float = 0.0) -> 
             As in [`rate_factor`].
 
     Returns:
-        `int`: The epochs of the recipe, and for `"careful"` as many as make 240 steps, if these are more; 1.5 times as many
-        where all edits are learned at their subjects alone, and in between for a part of them.
+        `int`: The epochs of the recipe, and for `"careful"` as many as make 240 steps, if these are more, and over 100 edits,
+        times the fourth root of edits / 100; 1.5 times as many where all edits are learned at their subjects alone, and in
+        between for a part of them.
     """
     steps = -(-num_edits // step)
     epochs = max(RECIPES[recipe]["num_train_epochs"], -(-_LEAST_STEPS.get(recipe, 0) // steps))
-    return round(epochs * (1 + (_FOCUSED_EPOCHS.get(recipe, 1.0) - 1) * focus))
+    by_focus = 1 + (_FOCUSED_EPOCHS.get(recipe, 1.0) - 1) * focus
+    return round(epochs * by_focus * _by_many(recipe, num_edits, _EPOCHS_POWER))
+
+
+def _by_many(recipe: str, num_edits: int, power: float) -> float:
+    return max(num_edits / _MANY, 1.0) ** power if recipe == "careful" else 1.0
 
 
 def careful_layers(count: int) -> list[int]:

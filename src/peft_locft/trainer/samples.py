@@ -25,6 +25,7 @@ from ..preservation import (
     sample_statements,
     sample_texts,
 )
+from ..preservation.statistics import FOLDER_NAME
 from ..tuner.fingerprint import tokenizer_fingerprint
 from ..tuner.temporary import unedited
 from .augmentation import is_question, without_edits
@@ -34,13 +35,14 @@ from .precision import multiplies_bfloat16, rounded
 from .state_store import weights_hash
 
 
-FOLDER_NAME = "preservation"
 _SAMPLES_NAME, ANCHORS_NAME = "samples.json", "anchors.safetensors"
 _PROMPTS, _TEXTS, _TEXT_TOKENS = 1000, 512, 128
 # Where all edits are beginnings of sentences, a third of the prompts are others that the model makes up, and a third the
 # edits' own about others. The rest stay questions.
 _STATEMENTS, _NEIGHBOURS = 1 / 3, 1 / 3
 _MOST = 1000
+# Of as small a share of the prompts that it was to make up, there is something to be told. SmolLM2-135M says nine in ten.
+_FEW = 0.2
 # How many numbers of each weight tell a model from another.
 _GLANCE = 64
 
@@ -87,7 +89,14 @@ class Samples:
     def prompts(self) -> Sequence[str]:
         given = self._given["preservation_prompts"]
         if not given:
-            return _own_prompts(self._said, self._counts, self._edits, self.texts, self._args.seed)
+            own = _own_prompts(self._said, self._counts, self._edits, self.texts, self._args.seed)
+            if len(own) < _FEW * _PROMPTS:
+                warnings.warn(
+                    f"of {_PROMPTS} prompts to be held to, the model made up only {len(own)} that make sense: give "
+                    "`preservation_prompts` of your own, such as questions that its users ask",
+                    stacklevel=2,
+                )
+            return own
         kept = without_edits(given, self._edits)
         if len(kept) < len(given):
             warnings.warn(
@@ -119,7 +128,7 @@ class Samples:
         known = self._known()
         if kind not in known:
             with unedited(self._model):
-                known[kind] = _say(kind, self._counts, self._model, self._tokenizer, self._args.seed)
+                known[kind] = _say(kind, self._counts, self._model, self._tokenizer, self._args)
             self._keep(known)
         return known[kind]
 
@@ -152,7 +161,10 @@ class Samples:
         self._path.unlink(missing_ok=True)
         (self.folder / ANCHORS_NAME).unlink(missing_ok=True)
         statistics = self._args.statistics
-        if statistics is None or Path(statistics).resolve() != self.folder.resolve():
+        if statistics is None or Path(statistics).resolve() not in (
+            self.folder.resolve(),
+            self.folder.parent.resolve(),
+        ):
             for kind in (InputStatistics, OutputStatistics):
                 (self.folder / kind.file_name).unlink(missing_ok=True)
 
@@ -180,17 +192,21 @@ def _say(
     counts: dict[str, int],
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    seed: int,
+    args: EditConfig,
 ) -> Any:
     if kind == "chat":
-        return chat_form(tokenizer)
+        try:
+            return chat_form(tokenizer)
+        except ValueError as error:
+            warnings.warn(f"edits are not trained as turns of a chat: {error}", stacklevel=2)
+            return None
     if not counts[kind]:
         return []
     with _sampling_fast(model):
         if kind == "texts":
-            return sample_texts(model, tokenizer, counts[kind], _TEXT_TOKENS, seed)
+            return sample_texts(model, tokenizer, counts[kind], _TEXT_TOKENS, args.seed, not args.disable_tqdm)
         sample = sample_questions if kind == "questions" else sample_statements
-        return sample(model, tokenizer, counts[kind], seed)
+        return sample(model, tokenizer, counts[kind], args.seed, not args.disable_tqdm)
 
 
 def _own_prompts(
@@ -237,7 +253,7 @@ def fill_samples(args: EditConfig, edits: EditSet, model: PreTrainedModel, token
             Its tokenizer.
     """
     counts = _counts(edits)
-    say = partial(_say, counts=counts, model=model, tokenizer=tokenizer, seed=args.seed)
+    say = partial(_say, counts=counts, model=model, tokenizer=tokenizer, args=args)
     asks = args.kl_weight or args.projector or args.output_projector
     if args.preservation_texts is None and (asks or args.contexts):
         args.preservation_texts = say("texts")

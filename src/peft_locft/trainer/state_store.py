@@ -15,6 +15,7 @@ import transformers
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..edits import write_atomically
 
@@ -183,13 +184,17 @@ def weights_hash(weights: Iterable[tuple[str, torch.Tensor]], count: int | None 
     for name, value in weights:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         if value.device.type != "meta":
-            _update_with(digest, value.reshape(-1)[:count])
+            _update_with(digest, value, count)
     return digest.hexdigest()
 
 
-def _update_with(digest: Any, value: torch.Tensor) -> None:
-    """Add a tensor's bytes to a hash, in pieces, so that a large weight is not copied whole."""
-    for piece in value.detach().reshape(-1).split(_PIECE):
+def _update_with(digest: Any, value: torch.Tensor, count: int | None = None) -> None:
+    """Add a tensor's bytes to a hash, or those of its first numbers, in pieces, so that a large weight is not copied whole."""
+    if is_traceable_wrapper_subclass(value):  # torchao's quantised weights, which have no view
+        for name in value.__tensor_flatten__()[0]:
+            _update_with(digest, getattr(value, name), count)
+        return
+    for piece in value.detach().reshape(-1)[:count].split(_PIECE):
         digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
 
 

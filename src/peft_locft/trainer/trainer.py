@@ -25,10 +25,11 @@ from ..edits.contexts import check_contexts
 from ..edits.tokens import load_tokenizer
 from ..evaluation import METRICS, Answer, EditResults, evaluate_edits
 from ..tuner import LocFTConfig, check_tokenizer
+from ..tuner.quantization import keep_in_order
 from ..tuner.weights import base_of
 from .batches import EditCollator
 from .breadth_first import BreadthFirstTrainer
-from .checks import check_breadth_first, describe_taught, step_size
+from .checks import check_breadth_first, check_start, describe_taught, step_size
 from .config import EditConfig
 from .data import tokenize_edits
 from .exactness import Shortcuts
@@ -37,7 +38,7 @@ from .offload import offload_prefix
 from .preserving import Preservation
 from .progress import EditProgressBar, EpochEndCallback, EpochProgress
 from .rate import automatic_learning_rate, focus_share
-from .recipes import MOST_EDITS, TERMS, few_factor, least_epochs, rate_factor, recipe_config
+from .recipes import MOST_EDITS, TERMS, few_factor, kl_factor, rate_factor, recipe_config, recipe_epochs
 from .resting import Resting
 from .setup import (
     automatic_batch_size,
@@ -105,6 +106,10 @@ class EditTrainer(BreadthFirstTrainer):
         optimizers: tuple = (None, None),
     ):
         args = copy.copy(args) if args is not None else EditConfig()  # the caller's stays as it is
+        gpus, args._n_gpu = (
+            args.n_gpu,
+            min(args.n_gpu, 1),
+        )  # copies of a model in threads would know nothing of its adapter's state
         # Cheap checks come before the model is loaded.
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing: give the edits, as from `load_edits('edits.jsonl')`")
@@ -123,7 +128,7 @@ class EditTrainer(BreadthFirstTrainer):
         if taught := describe_taught(self.edits):
             warnings.warn(taught, stacklevel=2)
         if args.per_device_train_batch_size is None:
-            parallel = args.gradient_accumulation_steps * args.world_size * max(args.n_gpu, 1)
+            parallel = args.gradient_accumulation_steps * args.world_size
             most = MOST_EDITS.get(args.recipe)
             args.per_device_train_batch_size = automatic_batch_size(len(self.edits), parallel, most)
         check_breadth_first(args, len(self.edits))
@@ -135,6 +140,8 @@ class EditTrainer(BreadthFirstTrainer):
                 "`peft_config`, or the PeftModel alone"
             )
 
+        if peft_config is not None:
+            check_start(peft_config)
         set_seed(args.seed)  # so that an adapter with a random start, such as LoRA, is repeatable too
         if isinstance(model, str):
             model, processing_class = load_model(model, args, processing_class, peft_config)
@@ -142,6 +149,13 @@ class EditTrainer(BreadthFirstTrainer):
             processing_class = load_tokenizer(model, "processing_class")
         base_model = base_of(model)
         check_decoder(base_model)
+        keep_in_order(base_model)
+        if gpus > 1 and not hasattr(base_model, "hf_device_map"):
+            warnings.warn(
+                f"one process has {gpus} GPUs, of which only the first is used: start one process for each, with "
+                "`accelerate launch`, or spread the model over them, with `device_map='auto'`",
+                stacklevel=2,
+            )
         check_contexts(args.eval_contexts, processing_class)  # not only when all is trained
         self._max_length = max_length(args, base_model, processing_class)
         tokenized = tokenize_edits(self.edits, processing_class, self._max_length, bool(args.subject_focus))
@@ -161,6 +175,7 @@ class EditTrainer(BreadthFirstTrainer):
                 "the PeftModel has no trainable parameters: load it with `PeftModel.from_pretrained(..., "
                 "is_trainable=True)` or make an adapter active with `set_adapter`"
             )
+        check_start(model.active_peft_config)
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 f"{type(model.active_peft_config).__name__} learns a prompt, expected a PEFT config that changes modules, "
@@ -171,8 +186,11 @@ class EditTrainer(BreadthFirstTrainer):
         if args.offload_prefix and not hasattr(base_model, "hf_device_map"):
             offload_prefix(model, args)
         focus = focus_share(model, tokenized, args) if args.subject_focus else 0.0
-        if args.num_train_epochs == args._recipe_epochs:
-            args.num_train_epochs = least_epochs(args.recipe, len(self.edits), step_size(args), focus)
+        # What depends on how many edits there are, unless somebody has set it.
+        if args.num_train_epochs == args._by_recipe.get("num_train_epochs"):
+            args.num_train_epochs = recipe_epochs(args.recipe, len(self.edits), step_size(args), focus)
+        if args.kl_weight == args._by_recipe.get("kl_weight"):
+            args.kl_weight *= kl_factor(args.recipe, len(self.edits))
         self._rate_factor: float | None = None  # of a rate that may be too high
         if args.learning_rate is None:
             self._rate_factor = rate_factor(args.recipe, len(self.edits), focus)
@@ -185,7 +203,7 @@ class EditTrainer(BreadthFirstTrainer):
             args=args,
             data_collator=EditCollator(processing_class.eos_token_id if pad_token_id is None else pad_token_id),
             train_dataset=tokenized,
-            eval_dataset=self.eval_edits,
+            eval_dataset=self.eval_edits or (self.edits if args.eval_strategy != "no" else None),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,

@@ -200,13 +200,22 @@ class LocFTConfig(PeftConfig):
 
         place = recommended_place(model)
         config = cls(layers=[place.layer], target_modules=[place.module], task_type="CAUSAL_LM")
-        config._reason = place.reason
+        config.set_reason(place.reason)
         return config
 
     @property
     def reason(self) -> str | None:
-        """Why this place is recommended, in words (`str`); `None` for a config that was made otherwise. Not saved."""
+        """Why this place, in words (`str`); `None` for a config that was made otherwise. Not saved."""
         return self._reason
+
+    def set_reason(self, reason: str) -> None:
+        """Say why this place.
+
+        Args:
+            reason (`str`):
+                In words.
+        """
+        self._reason = reason
 
     def set_layers(self, layers: list[int]) -> None:
         """Set the layers under both of their names.

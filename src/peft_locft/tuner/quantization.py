@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
@@ -41,17 +42,37 @@ def readable_weight(backend: QuantizationBackend, layer: nn.Module) -> torch.Ten
     Returns:
         `torch.Tensor`: Of shape (out_features, in_features).
     """
-    if not _is_reordered(backend, layer):
+    if not _is_reordered(layer):
         return backend.get_base_weight(layer)
     # On a CPU with AVX512-BF16, the first forward pass of bitsandbytes puts the numbers into another order, which its
-    # dequantisation, and so PEFT, would read as other numbers. Its own way back leaves the scales where they are.
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+    # dequantisation, and so PEFT, would read as other numbers.
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(*_in_order(layer))
+
+
+def keep_in_order(model: nn.Module) -> None:
+    """Let gradients pass the layers that bitsandbytes has quantised to 4 bits. In the other order of [`readable_weight`], into
+    which they come where they are not in training mode, it computes outputs and no gradients.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, changed in place.
+    """
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False
+            if _is_reordered(layer):
+                layer.weight.data, layer.weight.quant_state = _in_order(layer)
+
+
+def _in_order(layer: nn.Module) -> tuple[torch.Tensor, Any]:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = copy.copy(layer.weight.quant_state)
     state.original_nested = False  # the scales are not quantised any more
-    state.absmax = state.absmax.T.reshape(-1).to(torch.float32)
-    data, state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
-    return dequantize_4bit(data, state)
+    state.absmax = state.absmax.T.reshape(-1).to(torch.float32)  # which its own way back leaves where they are
+    return _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
 
 
 def check_quantizes_again(backend: QuantizationBackend) -> None:
@@ -81,12 +102,11 @@ def stored_as(backend: QuantizationBackend, layer: nn.Module) -> str:
         `str`: For example `"bnb 4bit"`.
     """
     # With the order, bitsandbytes also rounds the scales to bfloat16.
-    return f"{backend.backend_name} in CPU order" if _is_reordered(backend, layer) else backend.backend_name
+    return f"{backend.backend_name} in CPU order" if _is_reordered(layer) else backend.backend_name
 
 
-def _is_reordered(backend: QuantizationBackend, layer: nn.Module) -> bool:
-    state = getattr(layer.weight, "quant_state", None) if backend.backend_name == "bnb 4bit" else None
-    return getattr(state, "packing_format_for_cpu", False)
+def _is_reordered(layer: nn.Module) -> bool:
+    return getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -189,7 +189,7 @@ def test_a_fact_that_noise_makes_no_less_probable_is_left_out(make_model, tokeni
         trace_edits(make_model(), tokenizer, facts, noise=1e-30, copies=2, show_progress=False)
     assert str(caught.value) == (
         "none of the 3 facts can be traced: 3 have the reason 'noise does not lower the answer's probability'. Give "
-        "facts whose subject stands in the prompt, and which the model knows"
+        "facts whose subject stands in the prompt, and which the model knows, or more `noise`"
     )
 
 

@@ -127,7 +127,7 @@ def test_automatic_rate_and_batch(make_model, tokenizer, edits, tmp_path):
     others = [Edit("Where is Lima?", "Peru", subject="Lima"), Edit("It lies in", "Chile", subject="Quito")]
     mixed = settings(down, EditSet([*edits, *others]), recipe="careful")
     assert mixed.learning_rate == pytest.approx((1 + 0.1 * 8 / 10) * (10 / 25) ** (1 / 3) * careful)
-    for count, factor in ((25, 0.85), (100, 0.85), (400, 0.85 / 2)):
+    for count, factor in ((25, 0.85), (100, 0.85), (200, 0.85 / 2 ** (1 / 3)), (800, 0.85 / 2 * (3 / 8) ** (1 / 3))):
         many = EditSet(Edit(f"The number {number} is", "odd") for number in range(count))
         assert settings(down, many, recipe="careful").learning_rate == pytest.approx(factor * 5e-4 * 14336 / 128)
         assert settings(down, many).learning_rate == pytest.approx(5e-4 * 14336 / 128)

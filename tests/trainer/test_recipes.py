@@ -64,12 +64,12 @@ def test_careful_takes_steps_enough_for_few_edits(make_model, tokenizer, edits, 
 @pytest.mark.parametrize(
     ("settings", "num_edits", "epochs", "weight"),
     [
-        ({"recipe": "careful", "subject_focus": 0.0}, 100, 60, 0.5),
-        ({"recipe": "careful", "subject_focus": 0.0}, 1600, 120, 0.5 * 2.3),
-        ({"recipe": "careful"}, 1600, 180, 0.5 * 2.3),  # beginnings of sentences
-        ({"recipe": "careful", "kl_weight": 0.5, "num_train_epochs": 60}, 1600, 60, 0.5),
-        ({"recipe": "locaedit"}, 1600, 25, 1.0),
-        ({}, 1600, 25, 0.0),
+        ({"recipe": "careful", "subject_focus": 0.0}, 300, 60, 0.5),
+        ({"recipe": "careful", "subject_focus": 0.0}, 1200, 120, 0.5 * 2.3),
+        ({"recipe": "careful"}, 1200, 180, 0.5 * 2.3),  # beginnings of sentences
+        ({"recipe": "careful", "kl_weight": 0.5, "num_train_epochs": 60}, 1200, 60, 0.5),
+        ({"recipe": "locaedit"}, 1200, 25, 1.0),
+        ({}, 1200, 25, 0.0),
     ],
 )
 def test_careful_takes_many_edits_slowly(make_model, tokenizer, tmp_path, settings, num_edits, epochs, weight):
@@ -82,7 +82,7 @@ def test_careful_takes_many_edits_slowly(make_model, tokenizer, tmp_path, settin
 
 
 @pytest.mark.parametrize(
-    ("recipe", "num_edits", "decay"), [("careful", 100, 8), ("careful", 1600, 16), ("paper", 1600, 0)]
+    ("recipe", "num_edits", "decay"), [("careful", 300, 8), ("careful", 1200, 16), ("paper", 1200, 0)]
 )
 def test_many_edits_decay_more(recipe, num_edits, decay):
     assert recipes.automatic_decay(recipe, num_edits, rate=1e-3, steps=400) == decay

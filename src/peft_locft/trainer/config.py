@@ -59,8 +59,8 @@ class EditConfig(TrainingArguments):
         learning_rate (`float`, *optional*):
             The rate of Adam. Defaults to an automatic one: for [`LocFTConfig`], 5e-4 · 14336 / (the widest input of an
             edited module), which is the paper's rate for the 14336-wide down projection of Llama-3-8B and grows as
-            the module gets narrower, and for the recipe `"careful"` 0.85 times that, falling as the root of the number of
-            edits over 100; for any other PEFT config, 2e-3. LoRA on a single module wants more: 2e-2 was right
+            the module gets narrower, and for the recipe `"careful"` 0.85 times that, falling as the cube root of the
+            number of edits over 100, and as that of the number over 300 as well; for any other PEFT config, 2e-3. LoRA on a single module wants more: 2e-2 was right
             for rank 16 on SmolLM2-135M's layer 22, where 2e-3 hardly learned.
         skip_loss (`float`, *optional*, defaults to `0.01`):
             A batch whose mean loss is under this makes no step. `0` turns this off.
@@ -113,7 +113,7 @@ class EditConfig(TrainingArguments):
             If more than 0, how much a nat of divergence from what the unedited model says to other prompts and in texts
             counts beside the loss, as in learning without forgetting ([arXiv 1606.09282](https://arxiv.org/abs/1606.09282))
             and in ROME's constrained baselines ([arXiv 2202.05262](https://arxiv.org/abs/2202.05262), appendix on
-            baselines). Defaults to what the recipe says, and for `"careful"`, over 100 edits, to (edits / 100) ** 0.3 times
+            baselines). Defaults to what the recipe says, and for `"careful"`, over 300 edits, to (edits / 300) ** 0.6 times
             as much.
         subject_focus (`float`, *optional*):
             If more than 0, by which part of their gradient, at most 1, the change learns less from the tokens beside an edit's
@@ -124,7 +124,7 @@ class EditConfig(TrainingArguments):
         weight_decay (`float`, *optional*):
             How many times the rate, of itself, every trained number gets smaller in each step, apart from the loss ([arXiv
             1711.05101](https://arxiv.org/abs/1711.05101), section 2). Defaults to `0`, and for a [`LocFTConfig`] and the recipe
-            `"careful"` to 3.2 / (rate · steps), over 100 edits times the fourth root of edits / 100.
+            `"careful"` to 3.2 / (rate · steps), over 300 edits times the root of edits / 300.
         l2_weight (`float`, *optional*, defaults to `0`):
             If more than 0, how much ‖ΔW‖² / ‖W‖², the mean over edited weights, counts beside the loss: weight decay
             towards the unedited weights, as L2-SP ([arXiv 1802.01483](https://arxiv.org/abs/1802.01483)).
@@ -173,7 +173,7 @@ class EditConfig(TrainingArguments):
     > - `per_device_train_batch_size`: Defaults to an automatic size of at most 100 instead of `8`.
     > - `per_device_eval_batch_size`: Defaults to `32` instead of `8`.
     > - `num_train_epochs`: Defaults to what the recipe says, which is `25` for the paper's, and for `"careful"` `60` or as
-    >   many as make 240 steps, over 100 edits times the fourth root of edits / 100, and for beginnings of sentences 1.5 times
+    >   many as make 240 steps, over 300 edits times the root of edits / 300, and for beginnings of sentences 1.5 times
     >   as many, instead of `3`.
     > - `learning_rate`: Defaults to an automatic rate instead of `5e-5`.
     > - `lr_scheduler_type`: Defaults to what the recipe says, which is `"constant"` for the paper's, instead of `"linear"`.

@@ -46,11 +46,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 _RATE_FACTORS = {"careful": 0.85}
 _FOCUSED_RATE, _FOCUSED_EPOCHS = 1.1, {"careful": 1.5}
 MOST_EDITS = {"careful": 25}
-# More edits than these take more steps, each of which moves the rest of the model as much: by such powers of how many times as
-# many they are, the rate falls, and epochs, decay and the weight of the KL term (twice for ten times) grow. Found with 1,000:
-# by a rate that falls as the cube root, and all else as with 100, perplexity and locality missed their aims (docs/log.md).
-_MANY = 100
-_RATE_POWER, _EPOCHS_POWER, _DECAY_POWER, _KL_POWER = -1 / 2, 1 / 4, 1 / 4, 0.3
+# More edits take more steps, each of which moves the rest of the model as much: over 100, the rate falls as the cube root. That is
+# enough for 300. With 1,000, perplexity and locality missed their aims by it, so that over 300 epochs, decay and the weight of
+# the KL term grow as well, and the rate falls faster, by such powers of how many times 300 they are. Begun at 100, the same cost
+# 300 edits too much generalization (docs/log.md).
+_RATE_EDITS, _MANY = 100, 300
+_RATE_POWER, _EPOCHS_POWER, _DECAY_POWER, _KL_POWER = -1 / 3, 1 / 2, 1 / 2, 0.6
 # The exponent of what decay would leave of a change that is there from the first step on, where the rate falls to 0 in a line.
 _DECAYED = {"careful": 1.6}
 # What 100 edits have in 60 epochs. With 5 edits, which make 3 steps an epoch, 180 were too few (docs/log.md).
@@ -165,12 +166,15 @@ def rate_factor(recipe: str | None, num_edits: int, focus: float = 0.0) -> float
             whose subjects were found.
 
     Returns:
-        `float`: For `"careful"`, 0.85, and over 100 edits, that times the root of 100 / edits; 1.1 times as much where all
-        edits are learned at their subjects alone, and in between for a part of them. Else 1.
+        `float`: For `"careful"`, 0.85, over 100 edits, that times the cube root of 100 / edits, and over 300, times that of
+        300 / edits as well; 1.1 times as much where all edits are learned at their subjects alone, and in between for a part
+        of them. Else 1.
     """
     if recipe not in _RATE_FACTORS:
         return 1.0
-    return _RATE_FACTORS[recipe] * (1 + (_FOCUSED_RATE - 1) * focus) * _by_many(recipe, num_edits, _RATE_POWER)
+    by_focus = 1 + (_FOCUSED_RATE - 1) * focus
+    by_number = min(_RATE_EDITS / num_edits, 1.0) ** (1 / 3) * _by_many(recipe, num_edits, _RATE_POWER)
+    return _RATE_FACTORS[recipe] * by_focus * by_number
 
 
 def few_factor(recipe: str | None, num_edits: int) -> float:
@@ -205,8 +209,8 @@ def automatic_decay(recipe: str, num_edits: int, rate: float, steps: int) -> flo
             How many steps it takes.
 
     Returns:
-        `float`: For `"careful"`, 3.2 / (rate · steps), so that every run decays as much, and over 100 edits, that times the
-        fourth root of edits / 100; with three digits. Else 0.
+        `float`: For `"careful"`, 3.2 / (rate · steps), so that every run decays as much, and over 300 edits, that times the
+        root of edits / 300; with three digits. Else 0.
     """
     decayed = _DECAYED.get(recipe, 0.0) * _by_many(recipe, num_edits, _DECAY_POWER)
     return float(f"{2 * decayed / (rate * steps):.3g}")
@@ -222,7 +226,7 @@ def kl_factor(recipe: str, num_edits: int) -> float:
             How many edits there are.
 
     Returns:
-        `float`: For `"careful"`, over 100 edits, (edits / 100) ** 0.3; with three digits. Else 1.
+        `float`: For `"careful"`, over 300 edits, (edits / 300) ** 0.6; with three digits. Else 1.
     """
     return float(f"{_by_many(recipe, num_edits, _KL_POWER):.3g}")
 
@@ -242,8 +246,8 @@ def recipe_epochs(recipe: str, num_edits: int, step: int, focus: float = 0.0) ->
             As in [`rate_factor`].
 
     Returns:
-        `int`: The epochs of the recipe, and for `"careful"` as many as make 240 steps, if these are more, and over 100 edits,
-        times the fourth root of edits / 100; 1.5 times as many where all edits are learned at their subjects alone, and in
+        `int`: The epochs of the recipe, and for `"careful"` as many as make 240 steps, if these are more, and over 300 edits,
+        times the root of edits / 300; 1.5 times as many where all edits are learned at their subjects alone, and in
         between for a part of them.
     """
     steps = -(-num_edits // step)

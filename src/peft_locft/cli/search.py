@@ -149,20 +149,19 @@ def _print(results: SearchResults, options: SearchArguments, passed_on: list[str
     console.print(table)
     learned, kept = results.pareto_axes()
     best = ranked[0]
+    lines = []
     if (reliability := best.scores.get("reliability", 1.0)) < _LEARNED:
-        console.print(
+        lines.append(
             f"The best place learned only {reliability:.0%} of the edits, so that this tells little: give more "
-            "`--num_train_epochs`, or another `--learning_rate`.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            "`--num_train_epochs`, or another `--learning_rate`."
         )
     command = ["locft", "edit", "--model", options.model, "--edits", options.edits, "--output", "OUTPUT"]
     command += ["--on_conflict", options.on_conflict] if options.on_conflict != "raise" else []
     command += ["--layers", str(best.layer), "--target_modules", best.module, *passed_on]
-    for line in (
+    lines += [
         f"*: of the last rung, no place has a better {learned} without a worse {kept}.",
         f"The searched places took {sum(row.seconds for row in results.rows):.0f} s. The results are in {options.output}.",
         f"Next: {shlex.join(command)}",
-    ):
+    ]
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

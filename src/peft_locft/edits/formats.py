@@ -58,9 +58,9 @@ def to_fields(record: Any) -> dict:
     for shape in SHAPES:
         if all(column in record for column in shape.columns):
             fields = shape.to_fields(record)
-            # A field of this project's, which others' records may have been given.
-            own = {name: record[name] for name in ("train_rephrases",) if name in record}
-            return fields | own
+            if "train_rephrases" in record:  # a field of this project's, which others' records may have been given
+                fields["train_rephrases"] = record["train_rephrases"]
+            return fields
     if "prompt" in record or "target" in record:
         return _own(record)
     known = "; ".join(f"{shape.name}: {' and '.join(shape.columns)}" for shape in SHAPES)

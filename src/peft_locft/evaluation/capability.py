@@ -25,7 +25,7 @@ from ..edits import EditDataError, EditError
 from ..edits.tokens import encode_answers, encode_prompts
 from ..tuner.messages import cut
 from ..tuner.temporary import evaluating, replaced_forwards
-from ..tuner.weights import base_of
+from ..tuner.weights import base_of, context_length
 
 
 # How many logits are held at once: 128 MiB in float32, of which the loss needs about three times as much.
@@ -273,7 +273,7 @@ def _windows(ids: list[int], length: int, bos: int | None) -> Iterator[list[int]
 
 def _context(model: PreTrainedModel) -> int | None:
     """Return how many tokens the model takes (`None` where its config does not tell)."""
-    context = getattr(base_of(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(base_of(model).config)
     return context if isinstance(context, int) and context > 1 else None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-from ..tuner.weights import base_of
+from ..tuner.weights import base_of, context_length
 from .facts import ROLES, Fact, roles_of
 from .restoring import Runs, cells_of
 from .sites import KINDS, find_sites
@@ -75,7 +75,7 @@ class Tracer:
     @property
     def context(self) -> float:
         """How many tokens the model takes (`int`; infinite where its config does not tell)."""
-        return getattr(self.base.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+        return context_length(self.base.config) or math.inf
 
     def noise_scale(self, facts: Iterable[Fact]) -> float:
         """Return the standard deviation of the noise, which is that of the subjects' embeddings, three times.

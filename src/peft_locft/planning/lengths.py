@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
+from ..tuner.weights import context_length
+
 
 class Lengths(NamedTuple):
     """The lengths of edits.
@@ -75,7 +77,7 @@ class Lengths(NamedTuple):
         Raises:
             `ValueError`: If one is.
         """
-        context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = context_length(config)
         if context and self.longest > context:
             raise ValueError(
                 f"the longest edit has {self.longest} tokens, expected at most the {context} of the model's context: "

@@ -37,11 +37,11 @@ def step_size(args: TrainingArguments) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
 
 
-def check_start(config: PeftConfig) -> None:
+def check_start(config: PeftConfig | None) -> None:
     """Refuse an adapter whose start changes the weights beside it: the unedited model would be gone.
 
     Args:
-        config ([`~peft.PeftConfig`]):
+        config ([`~peft.PeftConfig`], *optional*):
             Of the adapter that is to be trained.
 
     Raises:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..edits import EditSet, load_edits
+from ..tuner.weights import context_length
 from .config import EditConfig
 from .offload import load_with_prefix_offloaded
 
@@ -69,7 +70,7 @@ def check_decoder(model: nn.Module) -> None:
 
 def max_length(args: EditConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the longest sequence in tokens: what the user allows, within what tokenizer and model take."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(model.config)
     # A tokenizer that knows no limit states one of 1e30.
     limits = [limit for limit in (args.max_length, context, tokenizer.model_max_length) if limit and limit < 10**9]
     return min(limits) if limits else None

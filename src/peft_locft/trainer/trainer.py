@@ -106,10 +106,8 @@ class EditTrainer(BreadthFirstTrainer):
         optimizers: tuple = (None, None),
     ):
         args = copy.copy(args) if args is not None else EditConfig()  # the caller's stays as it is
-        gpus, args._n_gpu = (
-            args.n_gpu,
-            min(args.n_gpu, 1),
-        )  # copies of a model in threads would know nothing of its adapter's state
+        gpus = args.n_gpu
+        args._n_gpu = min(gpus, 1)  # copies of a model in threads would know nothing of its adapter's state
         # Cheap checks come before the model is loaded.
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing: give the edits, as from `load_edits('edits.jsonl')`")
@@ -140,8 +138,7 @@ class EditTrainer(BreadthFirstTrainer):
                 "`peft_config`, or the PeftModel alone"
             )
 
-        if peft_config is not None:
-            check_start(peft_config)
+        check_start(model.active_peft_config if isinstance(model, PeftModel) else peft_config)
         set_seed(args.seed)  # so that an adapter with a random start, such as LoRA, is repeatable too
         if isinstance(model, str):
             model, processing_class = load_model(model, args, processing_class, peft_config)
@@ -175,7 +172,6 @@ class EditTrainer(BreadthFirstTrainer):
                 "the PeftModel has no trainable parameters: load it with `PeftModel.from_pretrained(..., "
                 "is_trainable=True)` or make an adapter active with `set_adapter`"
             )
-        check_start(model.active_peft_config)
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 f"{type(model.active_peft_config).__name__} learns a prompt, expected a PEFT config that changes modules, "

@@ -215,6 +215,19 @@ def num_layers(config: PreTrainedConfig | None) -> int | None:
     return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model takes, as its config states.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            The model's config.
+
+    Returns:
+        `int` or `None`: The number, of the text model where there are several.
+    """
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def language_tower(model: nn.Module) -> str | None:
     """Return the name of the text model inside a model that has other towers too, of images or sound.
 
